@@ -1,0 +1,1 @@
+"""Serve exported bundles over gRPC. Nothing here needs torch but the TorchScript backend."""

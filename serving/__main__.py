@@ -1,0 +1,149 @@
+"""`python -m serving serve | predict | models | doctor`: arguments, logging, exit codes.
+
+Exit codes: 0 done; 1 the server, a model or the machine is at fault; 2 the command or its files are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from serving.client import DEFAULT_TARGET, Client, ModelInfo, PredictResult
+from serving.config import ServerConfig
+from serving.errors import InvalidArgument, ParityserveError
+from serving.images import Polarity
+from serving.options import add_options, parse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except ParityserveError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m serving`."""
+    top = argparse.ArgumentParser(prog="python -m serving", description="Serve exported models over gRPC.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve the newest version of every model in a repository")
+    add_options(serve, ServerConfig)
+    serve.set_defaults(command=_serve)
+
+    predict = commands.add_parser("predict", help="classify picture files on a running server")
+    predict.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, WebP, GIF, BMP or TIFF, of any size")
+    predict.add_argument("--model", default="", help="its name; needed when the server has several")
+    predict.add_argument("--version", default="", help="a version number; the newest when not given")
+    predict.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to list (default: 3)")
+    predict.add_argument(
+        "--polarity",
+        choices=[polarity.name.lower().replace("_", "-") for polarity in Polarity],
+        default="auto",
+        help="light-on-dark as the data sets are, dark-on-light as ink on paper (default: auto, from the border)",
+    )
+    _add_server(predict)
+    predict.set_defaults(command=_predict)
+
+    models = commands.add_parser("models", help="list the models of a running server")
+    _add_server(models)
+    models.set_defaults(command=_models)
+
+    doctor = commands.add_parser("doctor", help="what this machine can serve with, and why not with the rest")
+    doctor.set_defaults(command=_doctor)
+    return top
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--server", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server (default: {DEFAULT_TARGET})"
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from serving.server import serve  # the other commands need no ONNX Runtime
+
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    config = parse(ServerConfig, options)
+    asyncio.run(serve(config))
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    """Classify each file by itself, so that one bad file costs no other its answer."""
+    polarity = Polarity[options.polarity.upper().replace("-", "_")]
+    table = Table("file", "label", "probability", "next")
+    answered: PredictResult | None = None
+    failed = 0
+    with Client(options.server) as client:
+        for file in options.files:
+            try:
+                result = client.predict(Path(file), options.model, options.version, options.top_k, polarity)
+            except (InvalidArgument, OSError) as error:
+                failed += 1
+                print(f"error: {file}: {error}", file=sys.stderr)  # noqa: T201
+                continue
+            answered = result
+            best = result.predictions[0]
+            rest = ", ".join(f"{score.label} {score.probability:.2%}" for score in best.top_k[1:])
+            table.add_row(file, best.label, f"{best.probability:.2%}", rest)
+    if answered:
+        console = Console()
+        console.print(table)
+        console.print(
+            f"{answered.model} version {answered.version}, {answered.backend}, {answered.provider} on {answered.device}"
+        )
+    return 2 if failed else 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    with Client(options.server) as client:
+        models = client.list_models()
+    table = Table()
+    for column in ("model", "version", "state", "runs on", "accuracy", "golden |Δ|", "reason"):
+        table.add_column(column, overflow="fold")
+    for model in models:
+        table.add_row(*_row(model))
+    Console().print(table)
+    return 0
+
+
+def _row(model: ModelInfo) -> tuple[str, ...]:
+    if model.state != "READY":
+        return (model.name, model.version, model.state, "", "", "", model.reason)
+    return (
+        model.name,
+        model.version,
+        model.state,
+        f"{model.backend}, {model.provider.removesuffix('ExecutionProvider')} on {model.device}",
+        f"{model.test_accuracy:.2%}",
+        f"{model.golden_max_abs:.1e}",
+        "",
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:  # noqa: ARG001
+    from serving.doctor import doctor
+
+    return 0 if doctor(Console()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""The bundle format: one model version on disk, `<repository>/<model>/<version>/`, and how it is read and written.
+
+    manifest.json   what the version is, and the sha256 of every other file; written last
+    model.onnx      fp32, one file, batch axis named `batch`
+    model.pt        TorchScript, the same signature
+    weights.pt      the network's parameters, from which eager PyTorch, the reference, is rebuilt
+    golden.npz      arrays `image` uint8 [G,1,28,28] and `logits` float32 [G,10]: what eager PyTorch on the CPU answered
+    labels.txt      one class name a line
+
+A version appears under its number complete, by one rename, and is never rewritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from serving.errors import BundleError
+from serving.tensors import TensorSpec
+
+MANIFEST = "manifest.json"
+GOLDEN = "golden.npz"
+LABELS = "labels.txt"
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ParityFigures(_Record):
+    """How a file's answers compared with eager PyTorch's when it was exported."""
+
+    device: str
+    n: int
+    batch_sizes: tuple[int, ...]
+    max_abs: float
+    mean_abs: float
+    top1_agreement: float
+
+
+class FileEntry(_Record):
+    """One file of a bundle."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int
+    backend: Literal["onnx", "torchscript", "eager"] | None = None  # what runs it; None for data
+    precision: Literal["fp32"] | None = None
+    parity: ParityFigures | None = None
+
+
+class Accuracy(_Record):
+    """Accuracy on a test set."""
+
+    value: float = Field(ge=0, le=1)
+    n: int = Field(ge=1)
+
+
+class Manifest(_Record):
+    """`manifest.json`: what a version is."""
+
+    format_version: Literal[1] = 1
+    model: str
+    version: int = Field(ge=1)
+    created: str  # ISO 8601, UTC
+    dataset: str
+    labels: tuple[str, ...] = Field(min_length=2)
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    files: dict[str, FileEntry]
+    network: str
+    parameters: int
+    training: dict[str, Any]  # the resolved training configuration, its seed included
+    source_revision: str | None  # of the code that exported it; None outside a git checkout
+    test_accuracy: Accuracy
+    libraries: dict[str, str]
+
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if not FILE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a plain file name")
+        return files
+
+    def file_for(self, backend: str, precision: str = "fp32") -> str:
+        """The name of the file that `backend` runs at `precision`.
+
+        Raises:
+            BundleError: the version has no such file; the text names those that it has.
+        """
+        for name, entry in self.files.items():
+            if entry.backend == backend and entry.precision == precision:
+                return name
+        have = ", ".join(f"{entry.backend} {entry.precision}" for entry in self.files.values() if entry.backend)
+        raise BundleError(f"{self.model} version {self.version} has no {backend} {precision} file, only: {have}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One version, as its manifest describes it; `read` gives a file's verified bytes."""
+
+    path: Path
+    manifest: Manifest
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, checked against the manifest: what was verified is what is used.
+
+        Raises:
+            BundleError: the file is missing, not listed, or its sha256 is another than the manifest's.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.path / MANIFEST}: lists no file {name}")
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{self.path / name}: {error.strerror}; export the model again") from error
+        found = sha256(data)
+        if found != entry.sha256:
+            raise BundleError(
+                f"{self.path / name}: sha256 is {found} ({len(data)} bytes), the manifest says {entry.sha256} "
+                f"({entry.size_bytes} bytes); the file was changed or damaged: export the model again"
+            )
+        return data
+
+    def verify(self) -> None:
+        """Check every file against the manifest.
+
+        Raises:
+            BundleError: as `read`.
+        """
+        for name in self.manifest.files:
+            self.read(name)
+
+    def golden(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+        """The golden images, uint8 [G,1,28,28], and the reference's logits for them, float32 [G,10].
+
+        Raises:
+            BundleError: the file is damaged or does not fit the signature.
+        """
+        spec = self.manifest.inputs[0]
+        try:
+            with np.load(io.BytesIO(self.read(GOLDEN)), allow_pickle=False) as arrays:
+                image, logits = arrays["image"], arrays["logits"]
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise BundleError(f"{self.path / GOLDEN}: not a golden file ({error})") from error
+        if not (
+            image.dtype == spec.dtype
+            and spec.accepts(image.shape)
+            and logits.dtype == np.float32
+            and logits.shape == (len(image), len(self.manifest.labels))
+        ):
+            raise BundleError(
+                f"{self.path / GOLDEN}: image {image.dtype} {list(image.shape)} and logits {logits.dtype} "
+                f"{list(logits.shape)} do not fit {spec.datatype} {spec.shape_text()} "
+                f"and {len(self.manifest.labels)} classes"
+            )
+        return image, logits
+
+
+def sha256(data: bytes) -> str:
+    """The sha256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read a version's manifest; its files are verified as they are read.
+
+    Raises:
+        BundleError: there is no manifest, it is not one, or it belongs to another model or version than its folder.
+    """
+    source = path / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(source.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{source}: {error.strerror}; a version without its manifest is not complete") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise BundleError(f"{source}: {where + ': ' if where else ''}{problem['msg']}") from error
+    resolved = path.resolve()
+    if (manifest.model, str(manifest.version)) != (resolved.parent.name, resolved.name):
+        raise BundleError(
+            f"{source}: describes {manifest.model} version {manifest.version}, "
+            f"but lies in {resolved.parent.name}/{resolved.name}"
+        )
+    return Bundle(path, manifest)
+
+
+def models(repository: Path) -> list[str]:
+    """The names of the models in a repository: its folders that hold at least one version.
+
+    Raises:
+        BundleError: there is no such repository.
+    """
+    try:
+        entries = sorted(repository.iterdir())
+    except OSError as error:
+        raise BundleError(f"{repository}: {error.strerror}; make train fills exported/") from error
+    return [entry.name for entry in entries if MODEL_NAME.fullmatch(entry.name) and entry.is_dir() and versions(entry)]
+
+
+def versions(model: Path) -> list[int]:
+    """The version numbers in a model's folder, oldest first; drafts and other files are not versions."""
+    if not model.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in model.iterdir() if VERSION.fullmatch(entry.name) and entry.is_dir())
+
+
+def newest(path: Path) -> Path:
+    """The folder of a version: `path` itself when it is one, else the newest version of the model that it is.
+
+    Raises:
+        BundleError: there is neither.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    numbers = versions(path)
+    if not numbers:
+        raise BundleError(f"{path}: neither a version nor a model with versions; make train exports one")
+    return path / str(numbers[-1])
+
+
+@contextlib.contextmanager
+def draft(repository: Path, model: str) -> Iterator[Path]:
+    """A folder beside a model's versions to write the next one in; removed on leaving unless it was published.
+
+    Raises:
+        ValueError: the model's name could not be a folder's.
+    """
+    if not MODEL_NAME.fullmatch(model):
+        raise ValueError(f"model name: got {model!r}, want letters, digits, '.', '_', '-', the first a letter or digit")
+    folder = repository / model / f".draft-{secrets.token_hex(4)}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, manifest: Manifest) -> Bundle:
+    """Give a finished draft its manifest and its number: the next free one, whatever `manifest.version` says."""
+    while True:
+        number = max(versions(folder.parent), default=0) + 1
+        manifest = manifest.model_copy(update={"version": number})
+        document = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+        (folder / MANIFEST).write_text(document, encoding="utf-8")
+        final = folder.parent / str(number)
+        try:
+            folder.rename(final)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another export took this number meanwhile
+                continue
+            raise
+        return Bundle(final, manifest)
+
+
+def entry(path: Path, **fields: Any) -> FileEntry:
+    """The manifest's entry for a file as it is on disk now."""
+    data = path.read_bytes()
+    return FileEntry(sha256=sha256(data), size_bytes=len(data), **fields)

@@ -1,0 +1,39 @@
+"""Every setting of the server once: name, default, bounds, help. Flags come before `PARITYSERVE_*` variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_PORT = 8001
+
+BackendName = Literal["onnx", "torchscript"]
+DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+class ServerConfig(BaseSettings):
+    """What `python -m serving serve` can be told."""
+
+    model_config = SettingsConfigDict(env_prefix="PARITYSERVE_", frozen=True, extra="forbid")
+
+    repository: Path = Field(Path("exported"), description="folder with <model>/<version>/ bundles")
+    models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    backend: BackendName = Field("onnx", description="what runs the model")
+    device: DeviceSpec = Field(
+        "auto", description="auto, cpu, cuda or cuda:N; cuda never falls back, auto does, with one warning"
+    )
+    threads: int = Field(1, ge=1, le=256, description="threads that the model may use for one run on the CPU")
+    max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
+    max_queue: int = Field(1024, ge=1, description="most requests that wait or run for one model")
+    max_message_bytes: int = Field(64 << 20, ge=1 << 12, le=(1 << 31) - 1, description="largest request accepted")
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, description="largest encoded picture accepted, width x height; checked before it is decoded"
+    )
+    drain_s: float = Field(
+        10.0, ge=0, description="seconds that running requests get to finish when the server is stopped"
+    )

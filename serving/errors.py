@@ -1,0 +1,133 @@
+"""Every error raised on purpose, and the one table from error to gRPC status.
+
+    ParityserveError
+    ├── RequestError            a request that cannot be answered; crosses the wire with its status
+    │   ├── InvalidArgument     INVALID_ARGUMENT    malformed, wrong shape, datatype or byte count, not a picture
+    │   ├── NotFound            NOT_FOUND           unknown model or version
+    │   ├── Unavailable         UNAVAILABLE         version loading or failed; server draining or unreachable
+    │   ├── QueueFull           RESOURCE_EXHAUSTED  more requests wait than the queue may hold
+    │   └── DeadlineExceeded    DEADLINE_EXCEEDED   the caller's deadline passed before the model ran
+    ├── BundleError             a version on disk that may not be served
+    │   └── GoldenMismatch      its answers are not the trained model's
+    ├── DeviceError             the device asked for cannot be used here
+    └── StartupError            the server cannot start
+
+The client raises the same RequestErrors that the server does.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+
+logger = logging.getLogger(__name__)
+
+
+class ParityserveError(Exception):
+    """The root of every error raised on purpose; its text is meant for people."""
+
+
+class RequestError(ParityserveError):
+    """A request that cannot be answered."""
+
+
+class InvalidArgument(RequestError):
+    """The request is wrong and will be wrong again if repeated."""
+
+
+class NotFound(RequestError):
+    """No such model or version in the repository."""
+
+
+class Unavailable(RequestError):
+    """Not now; the same request may succeed later."""
+
+
+class QueueFull(RequestError):
+    """The server has more waiting requests than it accepts."""
+
+
+class DeadlineExceeded(RequestError):
+    """The caller's deadline passed before the model ran."""
+
+
+class BundleError(ParityserveError):
+    """A version on disk that is damaged, incomplete or not what its manifest says."""
+
+
+class GoldenMismatch(BundleError):
+    """A version whose answers differ from those that the trained model gave."""
+
+
+class DeviceError(ParityserveError):
+    """The device asked for cannot be used; the text says why and what to do."""
+
+
+class StartupError(ParityserveError):
+    """The server cannot start; the text says why and what to do."""
+
+
+STATUS: dict[type[RequestError], grpc.StatusCode] = {
+    InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+def to_status(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The status and text that a client gets for `error`.
+
+    Anything unexpected becomes INTERNAL without its text, which might tell secrets, and a traceback in the log.
+    """
+    if isinstance(error, RequestError):
+        return STATUS[type(error)], str(error)
+    logger.error("unexpected error while answering a request", exc_info=error)
+    return grpc.StatusCode.INTERNAL, "internal error"
+
+
+def from_status(code: grpc.StatusCode, details: str) -> ParityserveError:
+    """The error of ours that a status received from a server stands for."""
+    for kind, status in STATUS.items():
+        if status is code:
+            return kind(details)
+    return ParityserveError(f"{code.name}: {details}")
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    """End an RPC with the status of `error`: the only place that does so."""
+    code, details = to_status(error)
+    await context.abort(code, details)
+    raise AssertionError("abort() raises")
+
+
+def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Let a unary servicer method raise errors; the client gets their status."""
+
+    @functools.wraps(method)
+    async def answer(self: object, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await method(self, request, context)
+        except Exception as error:
+            await _abort(context, error)
+
+    return answer
+
+
+def stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    """Let a streaming servicer method raise errors; the client gets their status."""
+
+    @functools.wraps(method)
+    async def answer(self: object, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for response in method(self, requests, context):
+                yield response
+        except Exception as error:
+            await _abort(context, error)
+
+    return answer

@@ -1,0 +1,118 @@
+"""Encoded pictures to the pixels that the network was trained on: light on dark, greyscale, the model's size."""
+
+from __future__ import annotations
+
+import enum
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from serving.errors import InvalidArgument
+
+Pixels = npt.NDArray[np.uint8]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class Polarity(enum.Enum):
+    """How bright the drawing is against its background; `AUTO` judges from the border."""
+
+    AUTO = 0
+    LIGHT_ON_DARK = 1
+    DARK_ON_LIGHT = 2
+
+
+def decode(data: bytes, height: int, width: int, polarity: Polarity, max_pixels: int) -> Pixels:
+    """Decode one picture.
+
+    A greyscale picture of exactly the model's size keeps its pixels, but for the polarity. Any other is taken for a
+    photograph: it is resized with antialiasing in its own proportions, its background is levelled to 0 and its drawing
+    stretched to 255, and what is missing to the model's size is padded with background.
+
+    Args:
+        data: a file's bytes in one of `FORMATS`.
+        height: of the result, pixels.
+        width: of the result, pixels.
+        polarity: of the picture.
+        max_pixels: the largest width x height accepted; judged from the header, before anything is decoded.
+
+    Returns:
+        uint8 [1, height, width], light on dark.
+
+    Raises:
+        InvalidArgument: not a picture, damaged, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            if picture.width * picture.height > max_pixels:
+                raise InvalidArgument(
+                    f"picture of {picture.width} x {picture.height} pixels, want at most {max_pixels} in all "
+                    "(--max-image-pixels)"
+                )
+            picture.draft("L", (4 * width, 4 * height))  # a large JPEG is decoded at a smaller scale, 8 times faster
+            grey = _greyscale(picture)
+    except Image.DecompressionBombError as error:  # Pillow's own, higher limit, judged from the header too
+        raise InvalidArgument(f"picture larger than {max_pixels} pixels (--max-image-pixels)") from error
+    except UnidentifiedImageError as error:
+        raise InvalidArgument(f"{len(data)} bytes that are not a picture; want one of {', '.join(FORMATS)}") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise for damaged files
+        raise InvalidArgument(f"a damaged picture: {error}") from error
+    photograph = grey.size != (width, height)
+    if photograph:
+        grey = _shrink(grey, height, width)
+    pixels = np.asarray(grey)
+    if _is_dark_on_light(pixels, polarity):
+        pixels = 255 - pixels
+    if photograph:
+        pixels = _pad(_level(pixels), height, width)
+    return pixels[np.newaxis]
+
+
+def _greyscale(picture: Image.Image) -> Image.Image:
+    """Mode L, upright, transparency on white paper."""
+    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow's conversion would clip at 255
+        deep = np.asarray(picture, dtype=np.float64)
+        scale = 255 / max(deep.max(), 255)
+        return Image.fromarray((deep.clip(0) * scale).astype(np.uint8))
+    upright = ImageOps.exif_transpose(picture)
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        paper = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(paper, upright)
+    return upright.convert("L")
+
+
+def _border(pixels: Pixels) -> Pixels:
+    return np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+
+
+def _is_dark_on_light(pixels: Pixels, polarity: Polarity) -> bool:
+    """As told, or: the border, which is mostly background, is lighter than the middle of the picture's range."""
+    if polarity is not Polarity.AUTO:
+        return polarity is Polarity.DARK_ON_LIGHT
+    middle = (int(pixels.min()) + int(pixels.max())) / 2
+    return bool(np.median(_border(pixels)) > middle)
+
+
+def _level(pixels: Pixels) -> Pixels:
+    """Subtract the background, paper in some light, and stretch the rest to 255."""
+    above = pixels.astype(np.float32) - np.median(_border(pixels))
+    peak = above.max()
+    if peak <= 0:  # nothing but background
+        return np.zeros_like(pixels)
+    return np.asarray((above.clip(0) * (255 / peak)).round(), np.uint8)
+
+
+def _shrink(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize with antialiasing to fit into height x width in the picture's own proportions."""
+    scale = min(width / picture.width, height / picture.height)
+    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
+    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _pad(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Centre on a background of 0 of height x width."""
+    down, right = height - pixels.shape[0], width - pixels.shape[1]
+    return np.pad(pixels, ((down // 2, down - down // 2), (right // 2, right - right // 2)))

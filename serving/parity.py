@@ -1,0 +1,145 @@
+"""Compare answers with the PyTorch model's: the one table of tolerances, and the comparison that uses it.
+
+The reference is always eager PyTorch in fp32 on the CPU. The server's load gate and `python -m trainer parity`
+both judge by this table. A tolerance is never raised to make a check pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an answer may be from the reference's.
+
+    A logit passes when |candidate - reference| <= atol + rtol * |reference|.
+    """
+
+    atol: float
+    rtol: float
+    top1_agreement: float  # smallest accepted fraction, not counting ties closer than the tolerance
+    accuracy_pp: float  # largest accepted difference in accuracy, percentage points
+    reason: str
+
+
+TOLERANCES: dict[tuple[str, str], Tolerance] = {
+    # (precision, kind of device)
+    ("fp32", "cpu"): Tolerance(
+        1e-4, 1e-4, 1.0, 0.0, "fp32 sums in another order: about 1e-6 was seen, a wrong weight shows from 1e-3 up"
+    ),
+    ("fp32", "cuda"): Tolerance(
+        2e-4, 1e-3, 0.9999, 0.01, "cuDNN picks other algorithms by shape; with TF32 off these are still fp32 sums"
+    ),
+}
+
+
+def tolerance(precision: str, device: str) -> Tolerance:
+    """The tolerance for a file's precision on a device such as `cpu` or `cuda:0`."""
+    return TOLERANCES[precision, device.partition(":")[0]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found; it passed when `failures` is empty."""
+
+    n: int
+    max_abs: float  # largest |candidate - reference| over all logits
+    mean_abs: float
+    top1_agreement: float  # fraction of images with the same class, ties closer than the tolerance not counted against
+    accuracy: float | None  # of the candidate, when labels were given
+    worst: int  # index of the image with the largest excess over the tolerance
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate answers like the reference."""
+        return not self.failures
+
+
+def compare(reference: Floats, candidate: Floats, allowed: Tolerance, labels: Labels | None = None) -> Comparison:
+    """Compare a candidate's logits with the reference's, both float32 [N, classes], and collect every failure.
+
+    Args:
+        reference: what eager PyTorch answered on the CPU.
+        candidate: what the file, backend or server under test answered for the same images.
+        allowed: the row of `TOLERANCES` for the candidate's precision and device.
+        labels: true classes of the first M images, integer [M]; gives the accuracies.
+
+    Raises:
+        ValueError: the reference is empty: a comparison of nothing would always pass.
+    """
+    if reference.size == 0:
+        raise ValueError("nothing to compare: the reference has no logits")
+    if candidate.shape != reference.shape:
+        failure = f"shape {list(candidate.shape)}, want {list(reference.shape)}"
+        return Comparison(len(reference), np.inf, np.inf, 0.0, None, 0, (failure,))
+    difference = np.abs(candidate.astype(np.float64) - reference)
+    # Written so that a NaN in the candidate is a failure, not a comparison that is quietly false.
+    excess = np.where(np.isfinite(candidate), difference - (allowed.atol + allowed.rtol * np.abs(reference)), np.inf)
+    agreement = _top1_agreement(reference, candidate, allowed)
+    failures = []
+    if excess.max() > 0:
+        row, column = np.unravel_index(excess.argmax(), excess.shape)
+        failures.append(
+            f"{int((excess > 0).sum())} of {excess.size} logits are off, the worst in image {row}, class {column}: "
+            f"{candidate[row, column]:.6g}, want {reference[row, column]:.6g} "
+            f"within {allowed.atol:g} + {allowed.rtol:g} * |want|"
+        )
+    if not agreement >= allowed.top1_agreement:
+        failures.append(f"top-1 agreement {agreement:.4%}, want at least {allowed.top1_agreement:.2%}")
+    accuracy = None
+    if labels is not None:
+        n = len(labels)
+        accuracy = float((candidate[:n].argmax(1) == labels).mean())
+        gap_pp = 100 * abs(accuracy - float((reference[:n].argmax(1) == labels).mean()))
+        if gap_pp > allowed.accuracy_pp + 100 * _tied(reference[:n], allowed).mean():
+            failures.append(f"accuracy differs by {gap_pp:.3f} pp, want at most {allowed.accuracy_pp} pp")
+    return Comparison(
+        n=len(reference),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        top1_agreement=agreement,
+        accuracy=accuracy,
+        worst=int(excess.max(axis=1).argmax()),
+        failures=tuple(failures),
+    )
+
+
+def compare_outputs(
+    reference: Floats, outputs: Mapping[str, Any], allowed: Tolerance, labels: Labels | None = None
+) -> Comparison:
+    """Compare both outputs of a classifier: `logits` with the reference's logits, `probabilities` with their softmax.
+
+    The figures are of the logits; the failures are of both.
+    """
+    result = compare(reference, np.asarray(outputs["logits"], np.float32), allowed, labels)
+    probabilities = compare(softmax(reference), np.asarray(outputs["probabilities"], np.float32), allowed)
+    failures = [f"logits: {failure}" for failure in result.failures]
+    failures += [f"probabilities: {failure}" for failure in probabilities.failures]
+    return replace(result, failures=tuple(failures))
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities float32 [N, classes] of logits [N, classes]."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
+
+
+def _tied(reference: Floats, allowed: Tolerance) -> npt.NDArray[np.bool_]:
+    """Images whose two best classes in the reference are closer than the tolerance, [N]."""
+    second, first = np.partition(reference, -2, axis=1)[:, -2:].T
+    return np.asarray(first - second <= allowed.atol + allowed.rtol * np.abs(first))
+
+
+def _top1_agreement(reference: Floats, candidate: Floats, allowed: Tolerance) -> float:
+    agrees = (reference.argmax(1) == candidate.argmax(1)) | _tied(reference, allowed)
+    return float(agrees.mean())

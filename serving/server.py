@@ -1,0 +1,122 @@
+"""Assemble the gRPC server, start it, report readiness, drain and stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos import classifier_pb2, classifier_pb2_grpc
+from serving.config import ServerConfig
+from serving.errors import StartupError
+from serving.repository import Repository, State
+from serving.services.classifier import ClassifierService
+
+logger = logging.getLogger(__name__)
+
+CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Server:
+    """A gRPC server over a repository. Listens from `start` on, and is READY when `load` has returned."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self.repository = Repository(config)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
+            ]
+        )
+        classifier_pb2_grpc.add_ClassifierServicer_to_server(ClassifierService(self.repository, config), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((CLASSIFIER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> str:
+        """Listen, NOT_SERVING as yet; returns the address `host:port` with the port that was bound.
+
+        Raises:
+            StartupError: the address cannot be listened on.
+            BundleError: the repository has nothing to serve.
+        """
+        self.repository.scan()
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{self._config.port}")
+        except RuntimeError as error:
+            raise StartupError(
+                f"cannot listen on {host}:{self._config.port}: in use, or not this machine's address; "
+                "choose another with --port"
+            ) from error
+        await self._report()
+        await self._server.start()
+        return f"{host}:{port}"
+
+    async def load(self) -> None:
+        """Load every model and report what became READY.
+
+        Raises:
+            DeviceError: the device asked for cannot be used.
+            StartupError: not one model may be served.
+        """
+        await asyncio.to_thread(self.repository.load_all)
+        statuses = self.repository.statuses()
+        if not any(status.state is State.READY for status in statuses):
+            reasons = "; ".join(f"{status.name} version {status.version}: {status.reason}" for status in statuses)
+            raise StartupError(f"no model may be served: {reasons}")
+        await self._report()
+
+    async def _report(self) -> None:
+        """Tell the health service: "" and the services are SERVING when every model is, each model under its name."""
+        ready = self.repository.ready()
+        for service in ("", CLASSIFIER):
+            await self._health.set(service, SERVING if ready else NOT_SERVING)
+        for status in self.repository.statuses():
+            await self._health.set(status.name, SERVING if status.state is State.READY else NOT_SERVING)
+
+    async def stop(self) -> None:
+        """Report NOT_SERVING, let running requests finish for at most `drain_s` seconds, then close the models."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._config.drain_s)
+        await asyncio.to_thread(self.repository.close)
+
+
+async def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        StartupError, DeviceError, BundleError: the server cannot start.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    if sys.platform != "win32":  # there, Ctrl-C raises KeyboardInterrupt
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+    server = Server(config)
+    try:
+        address = await server.start()
+        logger.info("listening on %s, loading models from %s", address, config.repository)
+        loading = asyncio.create_task(server.load())
+        stop = asyncio.create_task(stopping.wait())
+        await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            await loading  # raises what the load raised
+            logger.info(
+                "%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address
+            )
+        await stop
+        logger.info("stopping: running requests may finish for %g s", config.drain_s)
+    finally:
+        await server.stop()
+    logger.info("stopped")

@@ -1,0 +1,1 @@
+"""Train the network, export it, and prove that every exported file answers like it."""

@@ -1,0 +1,248 @@
+"""`python -m trainer data | train | export | parity`: arguments, logging, progress, exit codes.
+
+Exit codes: 0 done; 1 it failed, or a parity row did; 2 the command is wrong; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from serving.errors import ParityserveError
+from serving.options import add_options, parse
+from trainer.config import DatasetName, TrainConfig
+
+if TYPE_CHECKING:
+    from trainer.parity import Report
+
+console = Console()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_time=False)])
+    try:
+        return int(options.command(options))
+    except ParityserveError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m trainer`."""
+    top = argparse.ArgumentParser(
+        prog="python -m trainer", description="Train the network, export it, and prove that the exports answer like it."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    data = commands.add_parser("data", help="obtain a data set and verify it")
+    add_options(data, TrainConfig, ["dataset"])
+    _add_data_dir(data)
+    data.set_defaults(command=_data)
+
+    train = commands.add_parser("train", help="train the network and write a checkpoint")
+    add_options(train, TrainConfig)
+    train.add_argument("--checkpoint", type=Path, metavar="PATH", help="the file to write (default: runs/<dataset>.pt)")
+    _add_data_dir(train)
+    train.set_defaults(command=_train)
+
+    export = commands.add_parser("export", help="write a checkpoint as the next version of a model, once it is proved")
+    export.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="what train wrote")
+    export.add_argument(
+        "--repository",
+        type=Path,
+        default=Path("exported"),
+        metavar="PATH",
+        help="the model repository (default: exported)",
+    )
+    export.add_argument("--model", metavar="NAME", help="the model's name (default: the data set's)")
+    _add_data_dir(export)
+    export.set_defaults(command=_export)
+
+    parity = commands.add_parser("parity", help="compare every file of a version with the PyTorch model")
+    parity.add_argument(
+        "--bundle", type=Path, required=True, metavar="PATH", help="a version's folder, or a model's for its newest"
+    )
+    parity.add_argument(
+        "--device",
+        default="auto",
+        metavar="TEXT",
+        help="auto, cpu, cuda or cuda:N; only auto falls back (default: auto)",
+    )
+    parity.add_argument(
+        "--json", type=Path, metavar="PATH", help="where the report goes (default: runs/parity-<model>-<version>.json)"
+    )
+    _add_data_dir(parity)
+    parity.set_defaults(command=_parity)
+    return top
+
+
+def _add_data_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="PATH",
+        help="where data sets are kept (default: $PARITYSERVE_DATA_DIR, else the user's cache folder)",
+    )
+
+
+# The commands import what they need themselves: `--help` and a wrong option answer without waiting for torch.
+
+
+def _obtain(dataset_name: str, data_dir: Path | None) -> Path:
+    """Have the data set's files in a folder; says where they came from."""
+    from trainer import data
+
+    folder = data_dir or data.default_data_dir()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(f"looking for {dataset_name}", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        source = data.obtain(data.DATASETS[dataset_name], folder, show)
+    console.print(f"data: {dataset_name}, four files with the right sha256, from {source}", soft_wrap=True)
+    return folder
+
+
+def _data(options: argparse.Namespace) -> int:
+    from trainer import data
+
+    name: DatasetName = parse(TrainConfig, options).dataset
+    folder = _obtain(name, options.data_dir)
+    train, test = data.load(data.DATASETS[name], folder)
+    console.print(f"data: {len(train)} training and {len(test)} test images in {folder / name}", soft_wrap=True)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from trainer import data, train
+    from trainer.checkpoint import Checkpoint, save
+    from trainer.models import NETWORKS, count_parameters
+
+    config = parse(TrainConfig, options)
+    device, why = train.select_device(config.device)
+    dataset = data.DATASETS[config.dataset]
+    training, test = data.load(dataset, _obtain(config.dataset, options.data_dir))
+    fitting, validation = data.split_validation(training, config.validation_images, config.seed)
+
+    train.set_deterministic()
+    network = train.build(NETWORKS["cnn"], config.seed, mean=dataset.mean, std=dataset.std).to(device)
+    console.print(f"network: cnn, {count_parameters(network):,} parameters, on {device} ({why})", soft_wrap=True)
+    history = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=config.epochs * len(fitting))
+        epochs = train.fit(
+            network, fitting.to(device), validation.to(device), config, lambda images: bar.advance(task, images)
+        )
+        for metrics in epochs:
+            history.append(asdict(metrics))
+            bar.console.print(
+                f"epoch {metrics.epoch}/{config.epochs}: training loss {metrics.train_loss:.4f}, "
+                f"validation loss {metrics.validation_loss:.4f}, accuracy {metrics.validation_accuracy:.2%}, "
+                f"learning rate {metrics.learning_rate:.1e}, {metrics.seconds:.1f} s, "
+                f"{metrics.images_per_s:,.0f} images/s",
+                soft_wrap=True,
+            )
+    _, accuracy = train.evaluate(network, test.to(device))
+    console.print(f"test accuracy: {accuracy:.2%} of {len(test)} images, seed {config.seed}", style="bold")
+    path = options.checkpoint or Path("runs") / f"{config.dataset}.pt"
+    weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    save(Checkpoint("cnn", config.dataset, weights, config.model_dump(), history, accuracy, len(test)), path)
+    console.print(f"checkpoint: {path}", soft_wrap=True)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from trainer import checkpoint, data
+    from trainer.export import export
+
+    trained = checkpoint.load(options.checkpoint)
+    test = data.load_test(data.DATASETS[trained.dataset], _obtain(trained.dataset, options.data_dir))
+    with console.status("exporting") as status:
+        bundle, report = export(trained, test, options.repository, options.model, lambda step: status.update(step))
+    worst = max(row.comparison.max_abs for row in report.rows)
+    console.print(
+        f"exported: {bundle.path}, proved against PyTorch on {report.images} images: largest |Δ logit| {worst:.1e}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from serving.bundle import newest, open_bundle
+    from trainer import data, parity
+
+    parse(TrainConfig, argparse.Namespace(device=options.device))  # the same form of device as everywhere
+    bundle = open_bundle(newest(options.bundle))
+    manifest = bundle.manifest
+    test = data.load_test(data.DATASETS[manifest.dataset], _obtain(manifest.dataset, options.data_dir))
+    with Progress(
+        TextColumn("comparing with PyTorch"),
+        BarColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=None)
+        report = parity.check(bundle, test, options.device, on_images=lambda images: bar.advance(task, images))
+    console.print(_table(report))
+    path = options.json or Path("runs") / f"parity-{report.model}-{report.version}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report.document(), indent=2) + "\n", encoding="utf-8")
+    console.print(f"report: {path}", soft_wrap=True)
+    for row in report.rows:
+        for failure in row.comparison.failures:
+            console.print(f"FAILED {row.file}, batch {row.batch_size}: {failure}", style="red", soft_wrap=True)
+    return 0 if report.passed else 1
+
+
+def _table(report: Report) -> Table:
+    table = Table(
+        title=f"{report.model} version {report.version} against eager PyTorch, fp32, CPU\n"
+        f"{report.images} images, reference accuracy {report.reference_accuracy:.2%}",
+        caption="\n".join(sorted({f"{row.file}: {row.provider} on {row.device}" for row in report.rows})),
+    )
+    for column in ("file", "batch", "max |Δ|", "mean |Δ|", "same class", "accuracy", "verdict"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "file" else "right")
+    for row in report.rows:
+        found = row.comparison
+        table.add_row(
+            row.file,
+            str(row.batch_size),
+            f"{found.max_abs:.1e}",
+            f"{found.mean_abs:.1e}",
+            f"{found.top1_agreement:.2%}",
+            "" if found.accuracy is None else f"{found.accuracy:.2%}",
+            "[green]pass[/green]" if found.passed else "[red]FAIL[/red]",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

