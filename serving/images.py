@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import io
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from serving.errors import InvalidArgument
 Pixels = npt.NDArray[np.uint8]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FLAT = 8  # a photograph whose lightest and darkest parts differ by less, of 255, shows nothing but background
 
 
 class Polarity(enum.Enum):
@@ -84,7 +86,7 @@ def _greyscale(picture: Image.Image) -> Image.Image:
     return upright.convert("L")
 
 
-def _border(pixels: Pixels) -> Pixels:
+def _border(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
 
 
@@ -97,12 +99,20 @@ def _is_dark_on_light(pixels: Pixels, polarity: Polarity) -> bool:
 
 
 def _level(pixels: Pixels) -> Pixels:
-    """Subtract the background, paper in some light, and stretch the rest to 255."""
-    above = pixels.astype(np.float32) - np.median(_border(pixels))
+    """Subtract the background, paper in uneven light, and stretch the rest to 255.
+
+    The background is the plane that fits the border's pixels best.
+    """
+    height, width = pixels.shape
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
+    terms = np.stack([np.ones_like(rows), rows, columns])  # [3, height, width]
+    on_border = np.stack([_border(term) for term in terms], axis=1)  # [border pixels, 3]
+    plane, *_ = np.linalg.lstsq(on_border, _border(pixels).astype(np.float64), rcond=None)
+    above = (pixels - np.tensordot(plane, terms, axes=1)).clip(0)
     peak = above.max()
-    if peak <= 0:  # nothing but background
+    if peak < FLAT:
         return np.zeros_like(pixels)
-    return np.asarray((above.clip(0) * (255 / peak)).round(), np.uint8)
+    return np.asarray((above * (255 / peak)).round(), np.uint8)
 
 
 def _shrink(picture: Image.Image, height: int, width: int) -> Image.Image:
