@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     serve.set_defaults(command=_serve)
 
     predict = commands.add_parser("predict", help="classify picture files on a running server")
-    predict.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, WebP, GIF, BMP or TIFF, of any size")
+    predict.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, WebP, GIF or BMP, of any size")
     predict.add_argument("--model", default="", help="its name; needed when the server has several")
     predict.add_argument("--version", default="", help="a version number; the newest when not given")
     predict.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to list (default: 3)")

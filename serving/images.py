@@ -14,7 +14,7 @@ from serving.errors import InvalidArgument
 
 Pixels = npt.NDArray[np.uint8]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FLAT = 8  # a photograph whose lightest and darkest parts differ by less, of 255, shows nothing but background
 
 

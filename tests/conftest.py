@@ -1,0 +1,185 @@
+"""What the tests share: a real sample, a network trained on it, its exported bundle, and servers on real ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from serving.backends.cuda import device_problem
+from serving.bundle import MANIFEST, Bundle, open_bundle
+from serving.config import ServerConfig
+from serving.server import Server
+from trainer import data, train
+from trainer.checkpoint import Checkpoint
+from trainer.config import TrainConfig
+from trainer.data import DATASETS, Split
+from trainer.export import export
+from trainer.models import Cnn
+
+SAMPLE = Path(__file__).parent / "data" / "fashion-sample.npz"
+MODEL = "fashion-mnist"
+
+
+def pytest_report_header() -> str:
+    names = ("torch", "onnxruntime-gpu", "onnxruntime", "onnx", "grpcio", "protobuf", "numpy")
+    versions = []
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return f"versions: {', '.join(versions)}; CUDA: {device_problem(0) or 'present'}"
+
+
+@pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest) -> None:
+    """A test marked `gpu` is skipped with the reason, or fails with REQUIRE_GPU=1, where there is no CUDA device."""
+    if request.node.get_closest_marker("gpu") and (problem := device_problem(0)):
+        if os.environ.get("REQUIRE_GPU") == "1":
+            pytest.fail(f"REQUIRE_GPU=1, but {problem}")
+        pytest.skip(problem)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Both data sets in full; skipped with the reason, or failing with REQUIRE_DATA=1, where they cannot be had."""
+    folder = data.default_data_dir()
+    for dataset in DATASETS.values():
+        try:
+            data.obtain(dataset, folder)
+        except data.DataError as error:
+            if os.environ.get("REQUIRE_DATA") == "1":
+                pytest.fail(f"REQUIRE_DATA=1, but {error}")
+            pytest.skip(str(error))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample() -> tuple[Split, Split]:
+    """600 training and 150 test images of Fashion-MNIST."""
+    with np.load(SAMPLE) as arrays:
+        splits = [
+            Split(
+                torch.tensor(arrays[f"{part}_images"]).unsqueeze(1),
+                torch.tensor(arrays[f"{part}_labels"], dtype=torch.int64),
+            )
+            for part in ("train", "test")
+        ]
+    return splits[0], splits[1]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(sample: tuple[Split, Split]) -> Checkpoint:
+    """The seed CNN, trained on the sample for a second: real weights, if not good ones."""
+    training, test = sample
+    dataset = DATASETS[MODEL]
+    config = TrainConfig(dataset=MODEL, epochs=4, batch_size=50, validation_images=50)
+    fitting, validation = data.split_validation(training, config.validation_images, config.seed)
+    network = train.build(Cnn, config.seed, mean=dataset.mean, std=dataset.std)
+    history = [asdict(metrics) for metrics in train.fit(network, fitting, validation, config)]
+    _, accuracy = train.evaluate(network, test)
+    return Checkpoint("cnn", MODEL, network.state_dict(), config.model_dump(), history, accuracy, len(test))
+
+
+@pytest.fixture(scope="session")
+def repository(checkpoint: Checkpoint, sample: tuple[Split, Split], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with one exported version. Tests read it; `tampered` gives one to damage."""
+    root = tmp_path_factory.mktemp("exported")
+    export(checkpoint, sample[1], root)
+    return root
+
+
+@pytest.fixture
+def bundle(repository: Path) -> Bundle:
+    return open_bundle(repository / MODEL / "1")
+
+
+@pytest.fixture
+def tampered(repository: Path, tmp_path: Path) -> Path:
+    """A copy of the repository that a test may damage."""
+    root = tmp_path / "exported"
+    shutil.copytree(repository, root)
+    return root
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    """Change fields of a version's manifest by hand."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+def rehash(version: Path, name: str) -> None:
+    """Make the manifest agree with a file that was changed, as someone who hides the change would."""
+    content = (version / name).read_bytes()
+    files = json.loads((version / MANIFEST).read_text())["files"]
+    files[name] |= {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    edit_manifest(version, files=files)
+
+
+@dataclass
+class Running:
+    """A server that runs in this process, in a thread with an event loop of its own."""
+
+    server: Server
+    address: str
+    loop: asyncio.AbstractEventLoop
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.stop(), self.loop).result()
+
+
+@contextlib.contextmanager
+def running(repository: Path, **settings: object) -> Iterator[Running]:
+    """Serve a repository on a free port until the block ends; everything in it has been loaded."""
+    config = ServerConfig(**{"repository": repository, "port": 0, "device": "cpu", "drain_s": 1.0, **settings})
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def begin() -> Running:
+        server = Server(config)
+        try:
+            address = await server.start()
+            await server.load()
+        except BaseException:
+            await server.stop()
+            raise
+        return Running(server, address, loop)
+
+    try:
+        started = asyncio.run_coroutine_threadsafe(begin(), loop).result()
+        try:
+            yield started
+        finally:
+            started.stop()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(scope="session")
+def served(repository: Path) -> Iterator[str]:
+    """The address of a server with the sample's model."""
+    with running(repository) as server:
+        yield server.address
+
+
+@pytest.fixture(scope="session")
+def reference(repository: Path, sample: tuple[Split, Split]) -> np.ndarray:
+    """What eager PyTorch answers for the sample's test images: probabilities float32 [150, 10]."""
+    from trainer import parity
+
+    network = parity.reference(open_bundle(repository / MODEL / "1"))
+    return torch.softmax(train.predict(network, sample[1].images), dim=1).numpy()

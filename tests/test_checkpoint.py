@@ -1,0 +1,60 @@
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trainer.checkpoint import CheckpointError, load, save
+
+
+def test_what_is_saved_is_loaded(checkpoint, tmp_path):
+    path = tmp_path / "deep" / "net.pt"
+    save(checkpoint, path)
+    restored = load(path)
+    assert replace(restored, weights={}) == replace(checkpoint, weights={})
+    assert all(torch.equal(restored.weights[name], tensor) for name, tensor in checkpoint.weights.items())
+    image = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    assert torch.equal(restored.build()(image), checkpoint.build()(image))
+    assert [entry.name for entry in path.parent.iterdir()] == ["net.pt"]
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path):
+    with pytest.raises(CheckpointError, match="is missing: python -m trainer train"):
+        load(tmp_path / "none.pt")
+
+
+def test_a_truncated_file_is_refused(checkpoint, tmp_path):
+    path = tmp_path / "net.pt"
+    save(checkpoint, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+        load(path)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path = tmp_path / "evil.pt"
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(CheckpointError):
+        load(path)
+    torch.save({"format": "parityserve-checkpoint-1", "weights": Evil()}, path)
+    with pytest.raises(CheckpointError):
+        load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_programs_file_is_refused(tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CheckpointError, match="is not a parityserve-checkpoint-1 file"):
+        load(path)
+
+
+def test_another_networks_weights_are_refused_by_name(checkpoint):
+    with pytest.raises(CheckpointError, match="network 'resnet' is not known, only: cnn"):
+        replace(checkpoint, network="resnet").build()
+    with pytest.raises(CheckpointError, match="not the weights of network cnn"):
+        replace(checkpoint, weights={"features.0.weight": torch.zeros(1)}).build()
