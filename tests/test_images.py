@@ -176,6 +176,7 @@ def test_a_picture_over_the_limit_is_refused_before_it_is_decoded():
         decoded(bomb(500, 500))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # what Pillow has to say about damaged files
 def test_random_damage_is_never_another_error():
     rng = np.random.default_rng(0)

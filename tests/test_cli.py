@@ -1,0 +1,267 @@
+"""The two command lines, as processes: output, exit codes, signals."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MODEL
+from PIL import Image
+from test_images import photograph
+from test_parity import change_weight
+
+from serving.client import Client
+from trainer import checkpoint as checkpoints
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300, "env": environment(), **options},
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+
+
+@contextlib.contextmanager
+def serving(*words: object, start: tuple[str, ...] = ("-m", "serving")) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process that is READY, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, *start, "serve", "--port", "0", *map(str, words)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        log = ""
+        for line in process.stderr:
+            log += line
+            if ready := re.search(r"READY on (\S+)", line):
+                yield process, ready[1]
+                break
+        else:
+            pytest.fail(f"the server did not start: {log}")
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+def test_predict_pictures_of_every_kind(served, sample, tmp_path):
+    Image.fromarray(sample[1].images[0, 0].numpy()).save(tmp_path / "boot.png")
+    photograph().save(tmp_path / "photo.jpg")
+    done = command("serving", "predict", "--server", served, tmp_path / "boot.png", tmp_path / "photo.jpg")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"boot\.png\s*│\s*\S.*│\s*\d+\.\d\d%", done.stdout)
+    assert "photo.jpg" in done.stdout
+    assert f"{MODEL} version 1, onnx, CPUExecutionProvider on cpu" in done.stdout
+
+
+def test_predict_names_a_bad_file_and_answers_the_others(served, sample, tmp_path):
+    Image.fromarray(sample[1].images[0, 0].numpy()).save(tmp_path / "boot.png")
+    (tmp_path / "notes.txt").write_text("hello")
+    files = [tmp_path / name for name in ("notes.txt", "none.png", "boot.png")]
+    done = command("serving", "predict", "--server", served, *files)
+    assert done.returncode == 2
+    assert re.search(r"error: .*notes\.txt: .*5 bytes that are not a picture; want one of PNG", done.stderr)
+    assert re.search(r"error: .*none\.png: .*No such file", done.stderr)
+    assert "boot.png" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_predict_without_a_server_says_where_it_looked(tmp_path, sample):
+    Image.fromarray(sample[1].images[0, 0].numpy()).save(tmp_path / "boot.png")
+    done = command("serving", "predict", "--server", "127.0.0.1:1", tmp_path / "boot.png")
+    assert done.returncode == 1
+    assert "error: 127.0.0.1:1: " in done.stderr
+
+
+def test_models(served):
+    done = command("serving", "models", "--server", served)
+    assert done.returncode == 0
+    assert re.search(rf"{MODEL}.*1.*READY.*CPU on cpu", done.stdout)
+
+
+def test_doctor_says_what_runs_and_why_not():
+    done = command("serving", "doctor")
+    assert done.returncode == 0
+    assert "onnx, CPUExecutionProvider: runs" in done.stdout
+    assert re.search(r"onnx, CUDAExecutionProvider: (runs|no: \S.+)", done.stdout)
+    assert re.search(r"grpcio\s*│\s*\d", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--port", "70000"], "--port: Input should be less than or equal to 65535, got '70000'"),
+        (["--device", "gpu"], "--device: String should match pattern"),
+        (["--backend", "tensorflow"], "invalid choice: 'tensorflow'"),
+        (["--max-batch-size", "many"], "--max-batch-size: Input should be a valid integer"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_serve_refuses_a_wrong_option(words, problem):
+    done = command("serving", "serve", *words)
+    assert done.returncode == 2
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_refuses_a_wrong_variable(repository):
+    variables = {**environment(), "PARITYSERVE_THREADS": "none"}
+    done = command("serving", "serve", "--repository", repository, env=variables)
+    assert done.returncode == 2
+    assert "threads: Input should be a valid integer" in done.stderr
+
+
+def test_serve_without_a_repository_says_how_to_make_one(tmp_path):
+    done = command("serving", "serve", "--repository", tmp_path / "none")
+    assert done.returncode == 1
+    assert "No such file or directory; make train fills exported/" in done.stderr
+    done = command("serving", "serve", "--repository", tmp_path)
+    assert done.returncode == 1
+    assert "no model; make train puts one into exported/" in done.stderr
+
+
+def test_serve_refuses_a_model_whose_answers_changed(tampered):
+    change_weight(tampered / MODEL / "1", 1.01)
+    done = command("serving", "serve", "--repository", tampered, "--port", "0")
+    assert done.returncode == 1
+    assert "no model may be served" in done.stderr
+    assert "the answers on cpu (CPUExecutionProvider) are not the trained model's" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_refuses_a_port_in_use(repository):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        done = command("serving", "serve", "--repository", repository, "--port", other.getsockname()[1])
+    assert done.returncode == 1
+    assert "choose another with --port" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_the_server_cleanly(repository, sample, number):
+    with serving("--repository", repository, "--device", "cpu") as (process, address):
+        with Client(address) as client:
+            assert len(client.predict(sample[1].images[:2].numpy()).predictions) == 2
+        process.send_signal(number)
+        log = process.stderr.read()
+        assert process.wait(10) == 0
+    assert "stopped" in log
+    assert "Traceback" not in log
+
+
+NO_TORCH = """
+import sys
+sys.modules["torch"] = None  # importing it is an error from here on
+from serving.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_the_onnx_server_needs_no_torch(repository, sample, reference, tmp_path):
+    script = tmp_path / "no_torch.py"
+    script.write_text(NO_TORCH)
+    with serving("--repository", repository, start=(str(script),)) as (_, address), Client(address) as client:
+        result = client.predict(sample[1].images[:20].numpy())
+    assert [p.class_id for p in result.predictions] == reference[:20].argmax(1).tolist()
+    done = subprocess.run(
+        [sys.executable, script, "serve", "--repository", repository, "--backend", "torchscript", "--port", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "backend torchscript needs torch, which is not installed: pip install 'parityserve[train]'" in done.stderr
+
+
+# --- the trainer
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "problem"),
+    [
+        (["train", "--epochs", "0"], 2, "--epochs: Input should be greater than or equal to 1, got '0'"),
+        (["train", "--dataset", "cifar"], 2, "invalid choice: 'cifar' (choose from 'mnist', 'fashion-mnist')"),
+        (["train", "--learning-rate", "fast"], 2, "--learning-rate: Input should be a valid number"),
+        (["export", "--checkpoint", "none.pt"], 1, "none.pt is missing: python -m trainer train --checkpoint none.pt"),
+        (["parity", "--bundle", "nowhere"], 1, "nowhere: neither a version nor a model with versions"),
+        (["parity", "--bundle", "nowhere", "--device", "tpu"], 2, "--device: String should match pattern"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong(words, code, problem):
+    done = command("trainer", *words)
+    assert done.returncode == code
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.data
+def test_export_and_parity(data_dir, checkpoint, tmp_path):
+    saved = tmp_path / "net.pt"
+    checkpoints.save(checkpoint, saved)
+    done = command("trainer", "export", "--checkpoint", saved, "--repository", tmp_path / "exported", "--model", "m")
+    assert done.returncode == 0, done.stderr
+    assert "exported: " in done.stdout
+    report = tmp_path / "report.json"
+    words = ["trainer", "parity", "--bundle", tmp_path / "exported" / "m", "--device", "cpu", "--json", report]
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pass") == 9
+    assert json.loads(report.read_text())["images"] == 10_018
+    change_weight(tmp_path / "exported" / "m" / "1", 1.05)
+    done = command(*words)
+    assert done.returncode == 1
+    assert "FAILED model.onnx, batch 1: logits: " in done.stdout
+    assert json.loads(report.read_text())["passed"] is False
+
+
+@pytest.mark.data
+def test_ctrl_c_stops_training_cleanly(data_dir, tmp_path):
+    path = tmp_path / "net.pt"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "train", "--checkpoint", str(path), "--device", "cpu"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("network:"):  # from here on it trains
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == "stopped; nothing was written\n"
+    assert not path.exists()
+
+
+@pytest.mark.data
+def test_train_writes_a_checkpoint(data_dir, tmp_path):
+    path = tmp_path / "net.pt"
+    words = ["--epochs", "1", "--batch-size", "500", "--validation-images", "50000", "--checkpoint", path]
+    done = command("trainer", "train", *words)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"epoch 1/1: training loss \d.*images/s", done.stdout)
+    saved = checkpoints.load(path)
+    assert saved.training["batch_size"] == 500
+    assert f"test accuracy: {saved.test_accuracy:.2%} of 10000 images" in done.stdout
+    assert saved.test_accuracy > 0.8
+    assert np.isfinite([row["train_loss"] for row in saved.history]).all()
