@@ -31,7 +31,7 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self.repository = Repository(config)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
+        self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),

@@ -55,7 +55,8 @@ def test_every_batch_size_runs(bundle, sample, checkpoint, size):
 def test_export_leaves_the_networks_answers_alone(bundle, sample, checkpoint):
     """The golden logits are those of the network that was trained, not of something the exporter made of it."""
     image, logits = bundle.golden()
-    assert np.array_equal(train.predict(checkpoint.build(), torch.from_numpy(image)).numpy(), logits)
+    again = train.predict(checkpoint.build(), torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(again, logits, atol=1e-5)  # the last bits depend on torch's number of threads
 
 
 def test_a_second_export_is_version_two(checkpoint, sample, tampered):
