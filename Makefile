@@ -40,8 +40,10 @@ lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-protos: setup  ## the Python code of protos/*.proto
+protos: setup  ## the Python code, types and descriptors of protos/*.proto
 	$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/classifier.proto
+	$(PYTHON) -m grpc_tools.protoc -I. --pyi_out=. --include_imports \
+		--descriptor_set_out=protos/open_inference.binpb protos/open_inference.proto
 
 train: setup  ## train and export one version (DATASET=mnist)
 	$(PYTHON) -m trainer train --dataset $(DATASET) --checkpoint $(CHECKPOINT)

@@ -1,1 +1,1 @@
-"""The wire contracts; the `*_pb2*` modules are generated from the .proto files by `make protos`."""
+"""The wire contracts: `make protos` generates the `*_pb2*` and `*.binpb` files from the .proto files."""
