@@ -40,7 +40,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "fp64_contents": ("FP64",),
     "bytes_contents": ("BYTES",),
 }
-_FIELD = {datatype: field for field, datatypes in _CONTENTS.items() for datatype in datatypes}
+CONTENTS_FIELD = {datatype: field for field, datatypes in _CONTENTS.items() for datatype in datatypes}
 
 _MAX_RANK = 32  # what every numpy can hold
 _MAX_AXIS = 2**31 - 1
@@ -285,7 +285,7 @@ def _from_contents(contents: pb.InferTensorContents, datatype: str, shape: tuple
                 f"of type '{_CONTENTS[field.name][0]}', expected datatype '{datatype}'"
             )
     # FP16 and BF16 have no field: what passed the loop is empty.
-    values = getattr(contents, _FIELD[datatype]) if datatype in _FIELD else ()
+    values = getattr(contents, CONTENTS_FIELD[datatype]) if datatype in CONTENTS_FIELD else ()
     if datatype == "BYTES":
         return bytes_array(values, shape, origin)
     width = element_bytes(datatype)
