@@ -1,4 +1,4 @@
-"""`python -m serving serve | predict | models | doctor`: arguments, logging, exit codes.
+"""`python -m serving serve | predict | models | conformance | doctor`: arguments, logging, exit codes.
 
 Exit codes: 0 done; 1 the server, a model or the machine is at fault; 2 the command or its files are.
 """
@@ -62,6 +62,14 @@ def parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models of a running server")
     _add_server(models)
     models.set_defaults(command=_models)
+
+    conformance = commands.add_parser(
+        "conformance", help="check any server against the Open Inference Protocol; 1 when it breaks a rule"
+    )
+    conformance.add_argument("target", metavar="HOST:PORT", help="the server; others should not use it meanwhile")
+    conformance.add_argument("--model", default="", help="its name; the first that is ready when not given")
+    conformance.add_argument("--json", type=Path, metavar="PATH", help="write the report there too")
+    conformance.set_defaults(command=_conformance)
 
     doctor = commands.add_parser("doctor", help="what this machine can serve with, and why not with the rest")
     doctor.set_defaults(command=_doctor)
@@ -137,6 +145,16 @@ def _row(model: ModelInfo) -> tuple[str, ...]:
         f"{model.golden_max_abs:.1e}",
         "",
     )
+
+
+def _conformance(options: argparse.Namespace) -> int:
+    from serving.conformance.suite import run  # no other command needs it
+
+    report = run(options.target, options.model)
+    report.print(Console(highlight=False))
+    if options.json:
+        report.write_json(options.json)
+    return 1 if report.violations else 0
 
 
 def _doctor(options: argparse.Namespace) -> int:  # noqa: ARG001
