@@ -165,7 +165,7 @@ class Fake(grpc.GenericRpcHandler):
         answer = pb.RepositoryIndexResponse()
         answer.models.add(name=MODEL, version="1", state="READY")
         if not request.ready:
-            answer.models.add(name="broken", version="1", state="UNAVAILABLE", reason="for the test")
+            answer.models.add(name="rested", version="1", state="UNAVAILABLE", reason="unloaded")
         return answer
 
     def RepositoryModelLoad(self, request):

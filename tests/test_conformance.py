@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from conformance_broken import BROKEN, Drifts, LosesIds, NeverRecovers, Random
+from conformance_broken import BROKEN, Drifts, LosesIds, NeverRecovers, NotReady, NotServing, Random
 from conformance_fake import MODEL, OUTPUTS, Fake, serving
 from test_cli import command
 
@@ -73,7 +73,9 @@ def test_what_is_not_listed_may_be_left_out():
 
     with serving(Bare()) as address:
         report = run(address, MODEL)
-        with pytest.raises(ValueError, match=r"--model: needed, for this server does not list its models \(UNIMPL"):
+        with pytest.raises(
+            ValueError, match="--model: needed, for this server's index names no model that is READY: empty"
+        ):
             run(address)
     assert report.violations == []
     verdicts = {result.id: result.verdict for result in report.results}
@@ -107,6 +109,20 @@ def test_a_model_that_draws_lots_breaks_no_rule():
     skipped = {result.id: result.reason for result in report.results if result.verdict is Verdict.SKIPPED}
     assert skipped["infer.repeat"] == "this model answers the same request differently each time"
     assert "refuse.wrong-shape" not in skipped
+
+
+def test_a_server_may_wait_for_a_model_that_failed_to_load():
+    class Waits(NotReady, NotServing):
+        def RepositoryIndex(self, request):
+            answer = super().RepositoryIndex(request)
+            answer.models.add(name="failed", version="1", state="UNAVAILABLE", reason="no such file")
+            return pb.RepositoryIndexResponse(models=answer.models[:1]) if request.ready else answer
+
+    with serving(Waits()) as address:
+        report = run(address)
+    assert report.violations == []
+    skipped = {result.id for result in report.results if result.verdict is Verdict.SKIPPED}
+    assert skipped == matching("server.ready", "grpc.health", "grpc.health.service", "grpc.health.watch")
 
 
 def test_a_server_that_a_wrong_request_breaks_is_reported():

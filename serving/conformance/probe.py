@@ -21,6 +21,7 @@ CALL_S = 30.0
 # Requests and answers may be of any size; whether the server takes them is for the server to say.
 CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
+_NO_MODEL = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
 _NO_SAMPLE = "no valid request is known: see infer.answer"
 
 
@@ -35,11 +36,12 @@ class Probe:
             model: which one; the first that is ready when empty.
 
         Raises:
-            ValueError: no such model, or none was named and the server does not say which it has.
+            ValueError: no such model or it is not ready, or none was named and the server does not say which are.
         """
         self._channel = channel
         self.server = self._server()
         self.extensions = frozenset(self.server.extensions)
+        self._index = self._models()
         self.model = model or self._first_ready()
         self.metadata = self._metadata()
         self.config = self._config()
@@ -61,22 +63,31 @@ class Probe:
             return pb.ServerMetadataResponse()  # `server.metadata` reports it
         return answer
 
-    def _first_ready(self) -> str:
+    def _models(self) -> pb.RepositoryIndexResponse:
         try:
-            index = self.call("RepositoryIndex", pb.RepositoryIndexRequest())
-        except (Refused, Violation) as error:
-            raise ValueError(f"--model: needed, for this server does not list its models ({error})") from error
-        for entry in index.models:
+            answer: pb.RepositoryIndexResponse = self.call("RepositoryIndex", pb.RepositoryIndexRequest())
+        except (Refused, Violation):
+            return pb.RepositoryIndexResponse()  # it need not have one
+        return answer
+
+    def _first_ready(self) -> str:
+        for entry in self._index.models:
             if entry.state == "READY":
-                return str(entry.name)
-        states = {f"{entry.name} {entry.version}".strip(): entry.state for entry in index.models}
-        raise ValueError(f"--model: needed, for this server's index has no model in the state READY: {states}")
+                return entry.name
+        states = {f"{entry.name} {entry.version}".strip(): entry.state for entry in self._index.models}
+        raise ValueError(f"--model: needed, for this server's index names no model that is READY: {states or 'empty'}")
+
+    def excused(self) -> None:
+        """Raise Skipped where the server may call itself not ready: as Triton does when a model could not be loaded."""
+        failed = [entry.name for entry in self._index.models if entry.state != "READY" and entry.reason != "unloaded"]
+        if failed:
+            raise Skipped(f"this server says that it is not ready, and not all of its models are: {failed}")
 
     def _metadata(self) -> pb.ModelMetadataResponse:
         try:
             answer: pb.ModelMetadataResponse = self.call("ModelMetadata", pb.ModelMetadataRequest(name=self.model))
         except (Refused, Violation) as error:
-            if isinstance(error, Refused) and error.code is grpc.StatusCode.NOT_FOUND:
+            if isinstance(error, Refused) and error.code in _NO_MODEL:
                 raise ValueError(f"--model {self.model}: {error}") from error
             return pb.ModelMetadataResponse()  # `metadata.answer` reports it
         return answer
