@@ -133,7 +133,13 @@ def test_a_generic_client_calls_list_models_through_reflection(served):
     """As grpcurl does: with nothing but the address."""
     with grpc.insecure_channel(served) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
-        assert {"classifier.v1.Classifier", "grpc.health.v1.Health"} <= set(database.get_services())
+        assert set(database.get_services()) == {
+            "classifier.v1.Classifier",
+            "inference.GRPCInferenceService",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+        assert len(database.FindFileContainingSymbol("inference.GRPCInferenceService").service[0].method) == 20
         pool = descriptor_pool.DescriptorPool(database)
         method = pool.FindServiceByName("classifier.v1.Classifier").methods_by_name["ListModels"]
         call = channel.unary_unary(
@@ -341,7 +347,8 @@ def test_an_unexpected_error_tells_the_client_nothing(repository, monkeypatch, c
 
 
 def test_health_is_serving_when_all_is_ready(served):
-    assert health(served) == health(served, MODEL) == health(served, "classifier.v1.Classifier") == SERVING
+    for service in ("", MODEL, "classifier.v1.Classifier", "inference.GRPCInferenceService"):
+        assert health(served, service) == SERVING
     with pytest.raises(grpc.RpcError) as raised:
         health(served, "cats")
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
