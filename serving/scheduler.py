@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.errors import DeadlineExceeded, QueueFull, Unavailable
-from serving.statistics import Statistics
+from serving.statistics import Stages, Statistics
 from serving.tensors import Array
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -24,14 +24,10 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A request's outputs, and when it went through the stages, in `time.monotonic_ns()`."""
+    """A request's outputs, and when it went through the stages."""
 
     outputs: dict[str, Array]
-    rows: int
-    queued_ns: int
-    taken_ns: int  # out of the queue
-    assembled_ns: int  # into a batch
-    computed_ns: int
+    stages: Stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +152,7 @@ class Scheduler:
         _resolve(
             batch,
             [
-                Answer(share, request.rows, request.queued_ns, taken_ns, assembled_ns, computed_ns)
+                Answer(share, Stages(request.rows, request.queued_ns, taken_ns, assembled_ns, computed_ns))
                 for request, share in zip(batch, shares, strict=True)
             ],
         )

@@ -5,10 +5,17 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from serving.scheduler import Answer
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """When a request went through the stages, in `time.monotonic_ns()`, and its number of rows."""
+
+    rows: int
+    queued_ns: int
+    taken_ns: int  # out of the queue
+    assembled_ns: int  # into a batch
+    computed_ns: int
 
 
 @dataclass
@@ -60,16 +67,16 @@ class Statistics:
         batch.compute_infer.add(infer_ns)
         batch.compute_output.add(output_ns)
 
-    def succeeded(self, start_ns: int, answer: Answer) -> None:
+    def succeeded(self, start_ns: int, stages: Stages) -> None:
         """Count a request that began to be decoded at `start_ns`, of `time.monotonic_ns()`, and is encoded now."""
         end_ns = time.monotonic_ns()
-        self.inference_count += answer.rows
+        self.inference_count += stages.rows
         self.last_inference_ms = time.time_ns() // 1_000_000
         self.success.add(end_ns - start_ns)
-        self.queue.add(answer.taken_ns - answer.queued_ns)
-        self.compute_input.add(answer.queued_ns - start_ns + answer.assembled_ns - answer.taken_ns)
-        self.compute_infer.add(answer.computed_ns - answer.assembled_ns)
-        self.compute_output.add(end_ns - answer.computed_ns)
+        self.queue.add(stages.taken_ns - stages.queued_ns)
+        self.compute_input.add(stages.queued_ns - start_ns + stages.assembled_ns - stages.taken_ns)
+        self.compute_infer.add(stages.computed_ns - stages.assembled_ns)
+        self.compute_output.add(end_ns - stages.computed_ns)
 
     def failed(self, start_ns: int) -> None:
         """Count a request that began to be decoded at `start_ns` and was refused."""

@@ -67,7 +67,7 @@ class ClassifierService:
         except BaseException:
             served.statistics.failed(start_ns)
             raise
-        served.statistics.succeeded(start_ns, answer)
+        served.statistics.succeeded(start_ns, answer.stages)
         return response
 
     async def _images(self, request: pb.PredictRequest, spec: TensorSpec) -> npt.NDArray[np.uint8]:

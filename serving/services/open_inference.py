@@ -117,7 +117,7 @@ class OpenInferenceService:
         except BaseException:
             served.statistics.failed(start_ns)
             raise
-        served.statistics.succeeded(start_ns, answer)
+        served.statistics.succeeded(start_ns, answer.stages)
         return response
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
