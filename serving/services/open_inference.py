@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from protos import open_inference as pb
-from serving import errors, wire
+from serving import __version__, errors, wire
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 from serving.repository import Repository, ServedModel, State
@@ -59,9 +58,7 @@ class OpenInferenceService:
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         """The server's name and version, and the extensions that it offers."""
-        return pb.ServerMetadataResponse(
-            name=self._config.server_name, version=importlib.metadata.version("parityserve"), extensions=EXTENSIONS
-        )
+        return pb.ServerMetadataResponse(name=self._config.server_name, version=__version__, extensions=EXTENSIONS)
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
         """A model's inputs and outputs, and where it really runs."""
