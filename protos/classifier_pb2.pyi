@@ -117,7 +117,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "reason", "dataset", "labels", "backend", "provider", "device", "test_accuracy", "test_images", "golden_max_abs")
+    __slots__ = ("name", "version", "state", "reason", "dataset", "labels", "backend", "provider", "device", "test_accuracy", "test_images", "golden_max_abs", "verified")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -140,6 +140,7 @@ class Model(_message.Message):
     TEST_ACCURACY_FIELD_NUMBER: _ClassVar[int]
     TEST_IMAGES_FIELD_NUMBER: _ClassVar[int]
     GOLDEN_MAX_ABS_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     state: Model.State
@@ -152,4 +153,5 @@ class Model(_message.Message):
     test_accuracy: float
     test_images: int
     golden_max_abs: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., dataset: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., provider: _Optional[str] = ..., device: _Optional[str] = ..., test_accuracy: _Optional[float] = ..., test_images: _Optional[int] = ..., golden_max_abs: _Optional[float] = ...) -> None: ...
+    verified: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., dataset: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., provider: _Optional[str] = ..., device: _Optional[str] = ..., test_accuracy: _Optional[float] = ..., test_images: _Optional[int] = ..., golden_max_abs: _Optional[float] = ..., verified: _Optional[bool] = ...) -> None: ...

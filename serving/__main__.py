@@ -141,8 +141,8 @@ def _row(model: ModelInfo) -> tuple[str, ...]:
         model.version,
         model.state,
         f"{model.backend}, {model.provider.removesuffix('ExecutionProvider')} on {model.device}",
-        f"{model.test_accuracy:.2%}",
-        f"{model.golden_max_abs:.1e}",
+        f"{model.test_accuracy:.2%}" if model.verified else "",
+        f"{model.golden_max_abs:.1e}" if model.verified else "unverified",
         "",
     )
 

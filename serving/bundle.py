@@ -34,6 +34,7 @@ from serving.errors import BundleError
 from serving.tensors import TensorSpec
 
 MANIFEST = "manifest.json"
+ONNX = "model.onnx"
 GOLDEN = "golden.npz"
 LABELS = "labels.txt"
 

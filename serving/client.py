@@ -110,6 +110,7 @@ class ModelInfo:
     test_accuracy: float
     test_images: int
     golden_max_abs: float
+    verified: bool  # False for a plain ONNX file, of which all but what runs it is unknown
 
 
 def predict_request(
@@ -212,6 +213,7 @@ def _models(response: pb.ListModelsResponse) -> list[ModelInfo]:
             test_accuracy=m.test_accuracy,
             test_images=m.test_images,
             golden_max_abs=m.golden_max_abs,
+            verified=m.verified,
         )
         for m in response.models
     ]

@@ -23,6 +23,13 @@ class ServerConfig(BaseSettings):
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    model_control: Literal["none", "explicit"] = Field(
+        "none", description="none: what is there at the start; explicit: clients load and unload models"
+    )
+    allow_unverified: bool = Field(
+        False, description="serve plain <model>/<version>/model.onnx too, which no golden answers vouch for"
+    )
+    server_name: str = Field("parityserve", description="what ServerMetadata answers; some clients want 'triton'")
     backend: BackendName = Field("onnx", description="what runs the model")
     device: DeviceSpec = Field(
         "auto", description="auto, cpu, cuda or cuda:N; cuda never falls back, auto does, with one warning"

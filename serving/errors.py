@@ -6,7 +6,8 @@
     │   ├── NotFound            NOT_FOUND           unknown model or version
     │   ├── Unavailable         UNAVAILABLE         version loading or failed; server draining or unreachable
     │   ├── QueueFull           RESOURCE_EXHAUSTED  more requests wait than the queue may hold
-    │   └── DeadlineExceeded    DEADLINE_EXCEEDED   the caller's deadline passed before the model ran
+    │   ├── DeadlineExceeded    DEADLINE_EXCEEDED   the caller's deadline passed before the model ran
+    │   └── Unimplemented       UNIMPLEMENTED       a part of a protocol that this server does not offer
     ├── BundleError             a version on disk that may not be served
     │   └── GoldenMismatch      its answers are not the trained model's
     ├── DeviceError             the device asked for cannot be used here
@@ -17,10 +18,7 @@ The client raises the same RequestErrors that the server does.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
 
 import grpc
 
@@ -55,6 +53,10 @@ class DeadlineExceeded(RequestError):
     """The caller's deadline passed before the model ran."""
 
 
+class Unimplemented(RequestError):
+    """A part of a protocol that this server does not offer."""
+
+
 class BundleError(ParityserveError):
     """A version on disk that is damaged, incomplete or not what its manifest says."""
 
@@ -77,6 +79,7 @@ STATUS: dict[type[RequestError], grpc.StatusCode] = {
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
 }
 
 
@@ -97,37 +100,3 @@ def from_status(code: grpc.StatusCode, details: str) -> ParityserveError:
         if status is code:
             return kind(details)
     return ParityserveError(f"{code.name}: {details}")
-
-
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """End an RPC with the status of `error`: the only place that does so."""
-    code, details = to_status(error)
-    await context.abort(code, details)
-    raise AssertionError("abort() raises")
-
-
-def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Let a unary servicer method raise errors; the client gets their status."""
-
-    @functools.wraps(method)
-    async def answer(self: object, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            return await method(self, request, context)
-        except Exception as error:
-            await _abort(context, error)
-
-    return answer
-
-
-def stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    """Let a streaming servicer method raise errors; the client gets their status."""
-
-    @functools.wraps(method)
-    async def answer(self: object, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        try:
-            async for response in method(self, requests, context):
-                yield response
-        except Exception as error:
-            await _abort(context, error)
-
-    return answer

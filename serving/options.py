@@ -25,7 +25,9 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
         help_text = f"{field.description} (default: {default})" if default is not None else field.description
         arguments: dict[str, Any] = {"help": (help_text or "").replace("%", "%%"), "default": argparse.SUPPRESS}
         kind = field.annotation
-        if get_origin(kind) is Literal:
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
             arguments["choices"] = get_args(kind)
         elif get_origin(kind) is tuple:
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import enum
 import logging
+import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from serving import bundle as bundles
-from serving.backends import Backend, open_backend
+from serving.backends import Backend, open_backend, open_unverified
 from serving.bundle import Bundle, Manifest
 from serving.config import ServerConfig
-from serving.errors import BundleError, GoldenMismatch, InvalidArgument, NotFound, Unavailable
+from serving.errors import BundleError, DeviceError, GoldenMismatch, InvalidArgument, NotFound, Unavailable
 from serving.parity import Comparison, compare_outputs, tolerance
 from serving.scheduler import Scheduler
+from serving.statistics import Statistics
 
 logger = logging.getLogger(__name__)
+
+UNLOADED = "unloaded"  # Triton's word for a model that was taken out of service
 
 
 class State(enum.Enum):
@@ -28,12 +33,16 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A version that passed its golden check and answers requests."""
+    """A version that answers requests."""
 
-    manifest: Manifest
+    name: str
+    version: str
     backend: Backend
     scheduler: Scheduler
-    golden: Comparison
+    statistics: Statistics
+    max_batch_size: int  # 0 for a model whose first axis is no batch axis
+    manifest: Manifest | None  # None, as `golden`, for a model that is served unverified
+    golden: Comparison | None
 
 
 @dataclass(frozen=True)
@@ -53,22 +62,26 @@ class Repository:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._statuses: dict[str, Status] = {}
+        self._loading = threading.Lock()  # ONNX Runtime's sessions may not be created concurrently
 
     def scan(self) -> None:
         """Find the newest version of every model asked for, and note it as LOADING.
 
+        With `model_control` explicit only the models named are asked for; they may be none.
+
         Raises:
             BundleError: there is no repository, it has no model, or not one that was asked for.
         """
-        found = bundles.models(self._config.repository)
+        root = self._config.repository
+        found = bundles.models(root)
         missing = sorted(set(self._config.models) - set(found))
         if missing or not found:
             what = f"no model {', '.join(missing)}" if missing else "no model"
             have = f"; it has {', '.join(found)}" if found else "; make train puts one into exported/"
-            raise BundleError(f"{self._config.repository}: {what}{have}")
-        for name in self._config.models or found:
-            version = bundles.versions(self._config.repository / name)[-1]
-            self._statuses[name] = Status(name, str(version), State.LOADING)
+            raise BundleError(f"{root}: {what}{have}")
+        everything = () if self._config.model_control == "explicit" else found
+        for name in self._config.models or everything:
+            self._statuses[name] = Status(name, str(bundles.versions(root / name)[-1]), State.LOADING)
 
     def load_all(self) -> None:
         """Load every model found by `scan`; one that may not be served becomes UNAVAILABLE with the reason.
@@ -76,69 +89,161 @@ class Repository:
         Raises:
             DeviceError: the device asked for cannot be used.
         """
-        for name, status in self._statuses.items():
-            self._statuses[name] = self._load(name, status.version)
+        for name, status in list(self._statuses.items()):
+            try:
+                served = self._load(name, status.version)
+            except BundleError as error:
+                self._statuses[name] = Status(name, status.version, State.UNAVAILABLE, str(error))
+            else:
+                self._statuses[name] = Status(name, status.version, State.READY, served=served)
 
-    def _load(self, name: str, version: str) -> Status:
+    def load(self, name: str) -> None:
+        """Load the newest version of a model, and serve it in place of the one served before, which is then unloaded.
+
+        Raises:
+            InvalidArgument: there is no such model, or it may not be served; what was served goes on being served.
+        """
+        if not bundles.MODEL_NAME.fullmatch(name):
+            raise InvalidArgument(f"failed to load '{name}', model name must not contain path traversal characters")
+        with self._loading:
+            numbers = bundles.versions(self._config.repository / name)
+            if not numbers:
+                raise InvalidArgument(f"failed to load '{name}', failed to poll from model repository")
+            try:
+                served = self._load(name, str(numbers[-1]))
+            except (BundleError, DeviceError) as error:
+                status = self._statuses.get(name)
+                if status is None or status.served is None:
+                    self._statuses[name] = Status(name, str(numbers[-1]), State.UNAVAILABLE, str(error))
+                raise InvalidArgument(f"failed to load '{name}', {error}") from error
+            before = self._statuses.get(name)
+            self._statuses[name] = Status(name, served.version, State.READY, served=served)
+        if before and before.served:
+            before.served.scheduler.close()
+
+    def unload(self, name: str) -> None:
+        """Take a model out of service once the requests that wait for it are answered.
+
+        Raises:
+            NotFound: the model was never loaded.
+        """
+        status = self._statuses.get(name)
+        if status is None:
+            raise NotFound(f"failed to unload '{name}', the model is not known")
+        self._statuses[name] = Status(name, status.version, State.UNAVAILABLE, UNLOADED)
+        if status.served:
+            status.served.scheduler.close()
+
+    def _load(self, name: str, version: str) -> ServedModel:
         start = time.perf_counter()
         try:
-            served = self._open(bundles.open_bundle(self._config.repository / name / version))
+            served = self._open(name, version)
         except BundleError as error:
             logger.error("model %s version %s is not served: %s", name, version, error)
-            return Status(name, version, State.UNAVAILABLE, str(error))
+            raise
         backend = served.backend
         logger.info(
-            "model %s version %s READY: %s, %s on %s; golden answers within %.1e; %.0f ms",
-            *(name, version, backend.name, backend.provider, backend.device, served.golden.max_abs),
+            "model %s version %s READY: %s, %s on %s; %s; %.0f ms",
+            *(name, version, backend.name, backend.provider, backend.device),
+            f"golden answers within {served.golden.max_abs:.1e}" if served.golden else "UNVERIFIED",
             1000 * (time.perf_counter() - start),
         )
-        return Status(name, version, State.READY, served=served)
+        return served
 
-    def _open(self, bundle: Bundle) -> ServedModel:
-        bundle.verify()
-        backend = open_backend(self._config.backend, bundle, self._config.device, self._config.threads)
-        comparison = golden_check(bundle, backend)
-        scheduler = Scheduler(bundle.manifest.model, backend.run, self._config.max_queue)
-        return ServedModel(bundle.manifest, backend, scheduler, comparison)
+    def _open(self, name: str, version: str) -> ServedModel:
+        config = self._config
+        folder = config.repository / name / version
+        manifest, golden = None, None
+        if config.allow_unverified and _is_plain(folder):
+            backend = open_unverified(folder / bundles.ONNX, config.device, config.threads)
+        else:
+            bundle = bundles.open_bundle(folder)
+            bundle.verify()
+            backend = open_backend(config.backend, bundle, config.device, config.threads)
+            manifest, golden = bundle.manifest, golden_check(bundle, backend)
+        max_batch_size = config.max_batch_size if _has_batch_axis(backend) else 0
+        statistics = Statistics()
+        scheduler = Scheduler(name, backend.run, statistics, max_batch_size, config.max_queue)
+        return ServedModel(name, version, backend, scheduler, statistics, max_batch_size, manifest, golden)
 
     def statuses(self) -> list[Status]:
         """Every version known, by model name."""
         return [self._statuses[name] for name in sorted(self._statuses)]
 
-    def ready(self) -> bool:
-        """Whether every version known is READY."""
-        return bool(self._statuses) and all(s.state is State.READY for s in self._statuses.values())
+    def index(self) -> list[Status]:
+        """Every model in the repository, those that were never loaded too, by name."""
+        known = {name: Status(name, "", State.UNAVAILABLE) for name in bundles.models(self._config.repository)}
+        return [status for _, status in sorted({**known, **self._statuses}.items())]
 
-    def get(self, name: str, version: str = "") -> ServedModel:
-        """The model to answer with; an empty name means the only one, an empty version the newest.
+    def ready(self) -> bool:
+        """Whether every version that should be served is READY."""
+        return all(status.state is State.READY or status.reason == UNLOADED for status in self._statuses.values())
+
+    def only_model(self) -> str:
+        """The name of the only model.
 
         Raises:
-            InvalidArgument: no name was given and there are several models.
+            InvalidArgument: there are several, or none.
+        """
+        if len(self._statuses) == 1:
+            return next(iter(self._statuses))
+        raise InvalidArgument(f"model: got none, want one of: {', '.join(sorted(self._statuses))}")
+
+    def get(self, name: str, version: str = "") -> ServedModel:
+        """The model to answer with; an empty version means the newest. The texts are Triton's, up to the semicolon.
+
+        Raises:
+            InvalidArgument: the version is not a number.
             NotFound: no such model or version.
             Unavailable: it is loading or may not be served; the text has the reason.
         """
-        if not name and len(self._statuses) == 1:
-            name = next(iter(self._statuses))
+        number = _version_number(version)
         status = self._statuses.get(name)
         if status is None:
             names = ", ".join(sorted(self._statuses))
-            if not name:
-                raise InvalidArgument(f"model: got none, want one of: {names}")
-            raise NotFound(f"model {name!r} is not known; this server has: {names}")
-        if version not in ("", status.version):
-            raise NotFound(f"model {name} has no version {version!r} here; it serves version {status.version}")
+            raise NotFound(f"Request for unknown model: '{name}' is not found; this server has: {names}")
+        if status.reason == UNLOADED:
+            raise NotFound(f"Request for unknown model: '{name}' has no available versions")
+        if number not in ("", status.version):
+            raise NotFound(
+                f"Request for unknown model: '{name}' version {number} is not found; "
+                f"this server has: {name} version {status.version}"
+            )
         if status.served is None:
-            what = "is loading" if status.state is State.LOADING else "is not served"
+            reason = status.reason or "it is loading"
             raise Unavailable(
-                f"model {name} version {status.version} {what}{': ' if status.reason else ''}{status.reason}"
+                f"Request for unknown model: '{name}' version {status.version} is not at ready state; {reason}"
             )
         return status.served
 
     def close(self) -> None:
-        """Let running inferences end and refuse new ones."""
+        """Answer the requests that wait and refuse new ones."""
         for status in self._statuses.values():
             if status.served:
                 status.served.scheduler.close()
+
+
+def _version_number(version: str) -> str:
+    """A version as it is written in the repository: without leading zeros."""
+    if not version:
+        return ""
+    if not (version.isascii() and version.isdigit() and int(version) > 0 and len(version) < 20):
+        raise InvalidArgument(
+            f"failed to get model version from specified version string '{version}', "
+            "version should be an integral value > 0"
+        )
+    return str(int(version))
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a version is only an ONNX file, as Triton and OpenVINO Model Server lay it out, and no bundle."""
+    return not (folder / bundles.MANIFEST).exists() and (folder / bundles.ONNX).is_file()
+
+
+def _has_batch_axis(backend: Backend) -> bool:
+    """Whether the first axis of every input and output may have any length: it is then the batch."""
+    specs = (*backend.inputs, *backend.outputs)
+    return all(spec.shape and isinstance(spec.shape[0], str) for spec in specs)
 
 
 def golden_check(bundle: Bundle, backend: Backend) -> Comparison:

@@ -8,18 +8,22 @@ import signal
 import sys
 
 import grpc
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from protos import classifier_pb2, classifier_pb2_grpc
+from protos import classifier_pb2, open_inference
 from serving.config import ServerConfig
 from serving.errors import StartupError
 from serving.repository import Repository, State
+from serving.services import handler
 from serving.services.classifier import ClassifierService
+from serving.services.open_inference import OpenInferenceService
 
 logger = logging.getLogger(__name__)
 
-CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
+_CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
+SERVICES = (_CLASSIFIER.full_name, open_inference.SERVICE)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -39,9 +43,17 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
             ]
         )
-        classifier_pb2_grpc.add_ClassifierServicer_to_server(ClassifierService(self.repository, config), self._server)
+        open_inference_service = OpenInferenceService(self.repository, config, self._report)
+        self._server.add_generic_rpc_handlers(
+            (
+                handler(ClassifierService(self.repository, config), _CLASSIFIER),
+                handler(open_inference_service, open_inference.POOL.FindServiceByName(open_inference.SERVICE)),
+            )
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((CLASSIFIER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, _reflected()
+        )
 
     async def start(self) -> str:
         """Listen, NOT_SERVING as yet; returns the address `host:port` with the port that was bound.
@@ -72,7 +84,7 @@ class Server:
         """
         await asyncio.to_thread(self.repository.load_all)
         statuses = self.repository.statuses()
-        if not any(status.state is State.READY for status in statuses):
+        if statuses and not any(status.state is State.READY for status in statuses):
             reasons = "; ".join(f"{status.name} version {status.version}: {status.reason}" for status in statuses)
             raise StartupError(f"no model may be served: {reasons}")
         await self._report()
@@ -80,7 +92,7 @@ class Server:
     async def _report(self) -> None:
         """Tell the health service: "" and the services are SERVING when every model is, each model under its name."""
         ready = self.repository.ready()
-        for service in ("", CLASSIFIER):
+        for service in ("", *SERVICES):
             await self._health.set(service, SERVING if ready else NOT_SERVING)
         for status in self.repository.statuses():
             await self._health.set(status.name, SERVING if status.state is State.READY else NOT_SERVING)
@@ -90,6 +102,15 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
         await asyncio.to_thread(self.repository.close)
+
+
+def _reflected() -> DescriptorPool:
+    """Everything that reflection tells of, in one pool: the protocol's own messages are in none of the others'."""
+    pool = DescriptorPool()
+    protocol = open_inference.POOL.FindServiceByName(open_inference.SERVICE).file
+    for file in (classifier_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR, protocol):
+        pool.AddSerializedFile(file.serialized_pb)
+    return pool
 
 
 async def serve(config: ServerConfig) -> None:

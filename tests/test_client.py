@@ -90,7 +90,7 @@ def test_a_missing_file_is_an_os_error():
 
 def test_the_servers_errors_are_ours(served, images):
     with Client(served) as client:
-        with pytest.raises(NotFound, match="model 'cats' is not known"):
+        with pytest.raises(NotFound, match="unknown model: 'cats' is not found"):
             client.predict(images[:1], model="cats")
         with pytest.raises(InvalidArgument, match="top_k: got 99"):
             client.predict(images[:1], top_k=99)

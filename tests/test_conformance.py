@@ -58,6 +58,14 @@ def test_a_server_that_keeps_every_rule_passes_every_check():
     assert report.summary() == f"{len(CHECKS)} checks: {len(CHECKS)} passed, 0 violations, 0 not offered, 0 skipped"
 
 
+def test_our_own_server_breaks_no_rule(served):
+    report = run(served)
+    assert report.violations == []
+    offered = matching("stream.*", "config.*", "statistics.*", "repository.*", "classification.*", "grpc.*", "refuse.*")
+    left_out = {result.id: result.reason for result in report.results if result.verdict is not Verdict.PASS}
+    assert left_out.keys() & offered == {"refuse.missing-input", "refuse.malformed-bytes"}, left_out
+
+
 def test_what_is_not_listed_may_be_left_out():
     class Bare(Fake):
         """The protocol, and nothing else."""

@@ -135,11 +135,11 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    config = parse(TrainConfig, options)
     from trainer import data, train
     from trainer.checkpoint import Checkpoint, save
     from trainer.models import NETWORKS, count_parameters
 
-    config = parse(TrainConfig, options)
     device, why = train.select_device(config.device)
     dataset = data.DATASETS[config.dataset]
     training, test = data.load(dataset, _obtain(config.dataset, options.data_dir))
@@ -196,11 +196,12 @@ def _export(options: argparse.Namespace) -> int:
 
 def _parity(options: argparse.Namespace) -> int:
     from serving.bundle import newest, open_bundle
-    from trainer import data, parity
 
     parse(TrainConfig, argparse.Namespace(device=options.device))  # the same form of device as everywhere
     bundle = open_bundle(newest(options.bundle))
     manifest = bundle.manifest
+    from trainer import data, parity
+
     test = data.load_test(data.DATASETS[manifest.dataset], _obtain(manifest.dataset, options.data_dir))
     with Progress(
         TextColumn("comparing with PyTorch"),

@@ -18,7 +18,7 @@ import torch
 
 from serving import bundle as bundles
 from serving.backends.torchscript import save_traced
-from serving.bundle import GOLDEN, LABELS, Accuracy, Bundle, FileEntry, Manifest, ParityFigures
+from serving.bundle import GOLDEN, LABELS, ONNX, Accuracy, Bundle, FileEntry, Manifest, ParityFigures
 from serving.errors import ParityserveError
 from serving.tensors import TensorSpec
 from trainer import parity
@@ -27,7 +27,6 @@ from trainer.data import DATASETS, Split
 from trainer.models import CLASSES, HEIGHT, WIDTH, Cnn, Deployed, count_parameters
 from trainer.train import predict
 
-ONNX = "model.onnx"
 TORCHSCRIPT = "model.pt"
 WEIGHTS = "weights.pt"
 

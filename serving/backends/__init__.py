@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 from serving.bundle import Bundle
@@ -47,19 +49,39 @@ def open_backend(name: str, bundle: Bundle, device: str = "auto", threads: int =
         DeviceError: the device cannot be used, or the backend is not installed.
         BundleError: the file is missing, damaged, or not what the manifest says.
     """
+    module = _module(name)
+    return _on_device(device, lambda device: module.open_model(bundle, device, threads))
+
+
+def open_unverified(path: Path, device: str = "auto", threads: int = 1) -> Backend:
+    """Open a plain ONNX file, of which nothing is known but what it says itself; otherwise as `open_backend`.
+
+    Raises:
+        DeviceError: the device cannot be used.
+        BundleError: the file cannot be read, or ONNX Runtime refuses it.
+    """
+    module = _module("onnx")
+    return _on_device(device, lambda device: module.open_file(path, device, threads))
+
+
+def _module(name: str) -> ModuleType:
     try:
-        opener = importlib.import_module(MODULES[name]).open_model
+        return importlib.import_module(MODULES[name])
     except ModuleNotFoundError as error:
         raise DeviceError(
             f"backend {name} needs {error.name}, which is not installed: pip install 'parityserve[train]'"
         ) from error
+
+
+def _on_device(device: str, opener: Callable[[str], Backend]) -> Backend:
+    """Open on a device as `open_backend` takes it: the only place that falls back."""
     if device == "auto":
         try:
-            return opener(bundle, "cuda:0", threads)  # type: ignore[no-any-return]
+            return opener("cuda:0")
         except DeviceError as error:
             _warn_of_fallback(str(error))
             device = "cpu"
-    return opener(bundle, "cuda:0" if device == "cuda" else device, threads)  # type: ignore[no-any-return]
+    return opener("cuda:0" if device == "cuda" else device)
 
 
 @functools.cache  # once a cause, however many models are opened

@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from serving.backends import cuda
 from serving.bundle import Bundle
-from serving.errors import BundleError, DeviceError
+from serving.errors import BundleError, DeviceError, InvalidArgument
 from serving.tensors import Array, TensorSpec
 
 CPU = "CPUExecutionProvider"
@@ -45,6 +45,7 @@ _DATATYPES = {
     "tensor(float16)": "FP16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
 }
 
 
@@ -58,11 +59,26 @@ class OnnxBackend:
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self._output_names = [spec.name for spec in self.outputs]
+        self._texts = [spec.name for spec in self.inputs if spec.datatype == "BYTES"]
         self.provider, self.device = _read_back(session)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As `Backend.run`. `InferenceSession.run` is thread-safe and releases the interpreter's lock."""
-        return dict(zip(self._output_names, self._session.run(self._output_names, dict(inputs)), strict=True))
+        given = dict(inputs)
+        for name in self._texts:
+            given[name] = _as_text(name, given[name])
+        return dict(zip(self._output_names, self._session.run(self._output_names, given), strict=True))
+
+
+def _as_text(name: str, elements: Array) -> Array:
+    """BYTES elements as ONNX's strings, which are UTF-8; ONNX Runtime would make "b'x'" of b"x"."""
+    try:
+        texts = [element.decode() for element in elements.ravel().tolist()]
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"input '{name}' has an element that is not UTF-8, which ONNX's strings are") from error
+    array = np.empty(len(texts), dtype=object)
+    array[:] = texts
+    return array.reshape(elements.shape)
 
 
 def open_model(bundle: Bundle, device: str, threads: int) -> OnnxBackend:
@@ -73,6 +89,15 @@ def open_model(bundle: Bundle, device: str, threads: int) -> OnnxBackend:
     if (backend.inputs, backend.outputs) != (bundle.manifest.inputs, bundle.manifest.outputs):
         raise BundleError(f"{bundle.path}: the ONNX file's signature is not the manifest's")
     return backend
+
+
+def open_file(path: Path, device: str, threads: int) -> OnnxBackend:
+    """Open a plain ONNX file on `cpu` or `cuda:N`; see `serving.backends.open_unverified`."""
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}") from error
+    return OnnxBackend(open_session(model, device, threads))
 
 
 def open_session(model: bytes, device: str, threads: int = 1) -> ort.InferenceSession:
@@ -161,7 +186,11 @@ def _provider_problem(provider: str) -> str | None:
 
 
 def _spec(node: Any) -> TensorSpec:
-    return TensorSpec(name=node.name, datatype=_DATATYPES.get(node.type, node.type), shape=tuple(node.shape))
+    if node.type not in _DATATYPES:
+        raise BundleError(f"{node.name} is a {node.type}, which cannot be served; want one of {', '.join(_DATATYPES)}")
+    # An axis of any length may be without a name.
+    shape = tuple(axis if isinstance(axis, int) else axis or f"axis{i}" for i, axis in enumerate(node.shape))
+    return TensorSpec(name=node.name, datatype=_DATATYPES[node.type], shape=shape)
 
 
 def _smallest(node: Any) -> list[int]:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 
 from protos import classifier_pb2 as pb
-from protos import classifier_pb2_grpc
 from serving import errors, images
 from serving.bundle import Manifest
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument
 from serving.repository import Repository, ServedModel, State, Status
-from serving.tensors import TensorSpec, shape_text
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-STREAM_IN_FLIGHT = 64  # requests of one stream that run at once; a client that sends more waits
+from serving.services import Context, deadline, in_order
+from serving.tensors import Array, TensorSpec, shape_text
 
 _STATES = {
     State.LOADING: pb.Model.STATE_LOADING,
@@ -31,46 +25,26 @@ _STATES = {
 }
 
 
-class ClassifierService(classifier_pb2_grpc.ClassifierServicer):
+class ClassifierService:
     """The servicer; see `protos/classifier.proto` for what each method promises."""
 
     def __init__(self, repository: Repository, config: ServerConfig) -> None:
         self._repository = repository
         self._config = config
 
-    @errors.unary
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify one batch."""
-        return await self._predict(request, _deadline(context))
+        return await self._predict(request, deadline(context))
 
-    @errors.stream
     async def PredictStream(
         self, requests: AsyncIterator[pb.PredictRequest], context: Context
     ) -> AsyncIterator[pb.PredictStreamResponse]:
         """Classify many batches: concurrently, answered in order, an error in its request's place."""
-        running: asyncio.Queue[asyncio.Task[pb.PredictStreamResponse] | None] = asyncio.Queue(STREAM_IN_FLIGHT)
-        deadline = _deadline(context)
+        until = deadline(context)
+        async for response in in_order(requests, lambda request: self._predict_or_error(request, until)):
+            yield response
 
-        async def read() -> None:
-            try:
-                async for request in requests:
-                    await running.put(asyncio.create_task(self._predict_or_error(request, deadline)))
-            finally:
-                await running.put(None)
-
-        reader = asyncio.create_task(read())
-        try:
-            while (task := await running.get()) is not None:
-                yield await task
-            await reader
-        finally:  # the client may have gone: nobody waits for the rest
-            reader.cancel()
-            while not running.empty():
-                if (task := running.get_nowait()) is not None:
-                    task.cancel()
-
-    @errors.unary
-    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: ARG002
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """Every model, ready or not."""
         return pb.ListModelsResponse(models=[_describe(status) for status in self._repository.statuses()])
 
@@ -81,13 +55,20 @@ class ClassifierService(classifier_pb2_grpc.ClassifierServicer):
             code, details = errors.to_status(error)
             return pb.PredictStreamResponse(error=pb.Error(id=request.id, code=code.value[0], message=details))
 
-    async def _predict(self, request: pb.PredictRequest, deadline: float | None) -> pb.PredictResponse:
-        served = self._repository.get(request.model, request.version)
-        manifest = served.manifest
-        top_k = _top_k(request.top_k, len(manifest.labels))
-        batch = await self._images(request, manifest.inputs[0])
-        outputs = await served.scheduler.infer({manifest.inputs[0].name: batch}, deadline)
-        return _response(request.id, served, outputs["probabilities"], top_k)
+    async def _predict(self, request: pb.PredictRequest, until: float | None) -> pb.PredictResponse:
+        start_ns = time.monotonic_ns()
+        served = self._repository.get(request.model or self._repository.only_model(), request.version)
+        try:
+            manifest = _classifier(served)
+            top_k = _top_k(request.top_k, len(manifest.labels))
+            batch = await self._images(request, manifest.inputs[0])
+            answer = await served.scheduler.infer({manifest.inputs[0].name: batch}, until)
+            response = _response(request.id, served, manifest, answer.outputs["probabilities"], top_k)
+        except BaseException:
+            served.statistics.failed(start_ns)
+            raise
+        served.statistics.succeeded(start_ns, answer.stages)
+        return response
 
     async def _images(self, request: pb.PredictRequest, spec: TensorSpec) -> npt.NDArray[np.uint8]:
         """The request's images as the model's input tensor."""
@@ -123,10 +104,11 @@ class ClassifierService(classifier_pb2_grpc.ClassifierServicer):
         return np.stack(decoded)
 
 
-def _deadline(context: Context) -> float | None:
-    """When the caller stops waiting, in `time.monotonic()` seconds."""
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
+def _classifier(served: ServedModel) -> Manifest:
+    """The manifest of an image classifier; a model without one has no labels to answer with."""
+    if served.manifest is None:
+        raise InvalidArgument(f"model {served.name} is no classifier of ours; ask it by the Open Inference Protocol")
+    return served.manifest
 
 
 def _top_k(asked: int, classes: int) -> int:
@@ -151,10 +133,12 @@ def _raw(raw: pb.RawImages, spec: TensorSpec) -> npt.NDArray[np.uint8]:
     return np.frombuffer(raw.pixels, dtype=np.uint8).reshape(shape)
 
 
-def _response(request_id: str, served: ServedModel, probabilities: Any, top_k: int) -> pb.PredictResponse:
-    manifest, backend = served.manifest, served.backend
+def _response(
+    request_id: str, served: ServedModel, manifest: Manifest, probabilities: Array, top_k: int
+) -> pb.PredictResponse:
+    backend = served.backend
     # Best first; among equals the lower class id, as argmax has it.
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    order = np.argsort(np.negative(probabilities), axis=1, kind="stable")[:, :top_k]
     predictions = [
         _prediction(manifest, classes, scores)
         for classes, scores in zip(order.tolist(), np.take_along_axis(probabilities, order, 1).tolist(), strict=True)
@@ -182,10 +166,12 @@ def _prediction(manifest: Manifest, classes: list[int], scores: list[float]) -> 
 def _describe(status: Status) -> pb.Model:
     model = pb.Model(name=status.name, version=status.version, state=_STATES[status.state], reason=status.reason)
     if status.served:
-        manifest, backend = status.served.manifest, status.served.backend
-        model.dataset = manifest.dataset
-        model.labels.extend(manifest.labels)
+        backend, manifest, golden = status.served.backend, status.served.manifest, status.served.golden
         model.backend, model.provider, model.device = backend.name, backend.provider, backend.device
-        model.test_accuracy, model.test_images = manifest.test_accuracy.value, manifest.test_accuracy.n
-        model.golden_max_abs = status.served.golden.max_abs
+        if manifest and golden:
+            model.verified = True
+            model.dataset = manifest.dataset
+            model.labels.extend(manifest.labels)
+            model.test_accuracy, model.test_images = manifest.test_accuracy.value, manifest.test_accuracy.n
+            model.golden_max_abs = golden.max_abs
     return model

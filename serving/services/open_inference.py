@@ -1,0 +1,339 @@
+"""`inference.GRPCInferenceService`: the Open Inference Protocol with Triton's extensions, for any model's signature."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from protos import open_inference as pb
+from serving import __version__, errors, wire
+from serving.config import ServerConfig
+from serving.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
+from serving.repository import Repository, ServedModel, State
+from serving.services import Context, deadline, in_order
+from serving.statistics import Duration
+from serving.tensors import TensorSpec
+
+# https://github.com/triton-inference-server/server/tree/main/docs/protocol: the extensions' names.
+EXTENSIONS = (
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
+
+# What Triton calls a model that a backend of ours runs: (platform, backend).
+_PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "torchscript": ("pytorch_libtorch", "pytorch")}
+
+_NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled"  # Triton's text, for none too
+
+
+class OpenInferenceService:
+    """The servicer; see `protos/open_inference.proto` for what each method promises."""
+
+    def __init__(self, repository: Repository, config: ServerConfig, changed: Callable[[], Awaitable[None]]) -> None:
+        """`changed` is called after a model was loaded or unloaded."""
+        self._repository = repository
+        self._config = config
+        self._changed = changed
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
+        """True: who answers is alive."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
+        """Whether every model that should be served is."""
+        return pb.ServerReadyResponse(ready=self._repository.ready())
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
+        """Whether a version is served; a model that is not known is not ready."""
+        try:
+            self._repository.get(request.name, request.version)
+        except (NotFound, Unavailable):
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=True)
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
+        """The server's name and version, and the extensions that it offers."""
+        return pb.ServerMetadataResponse(name=self._config.server_name, version=__version__, extensions=EXTENSIONS)
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
+        """A model's inputs and outputs, and where it really runs."""
+        served = self._repository.get(request.name, request.version)
+        return pb.ModelMetadataResponse(
+            name=served.name,
+            versions=[served.version],
+            platform=_PLATFORMS[served.backend.name][0],
+            inputs=[_tensor_metadata(spec) for spec in served.backend.inputs],
+            outputs=[_tensor_metadata(spec) for spec in served.backend.outputs],
+            properties=_properties(served),
+        )
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
+        """A model's configuration, as Triton's clients read it."""
+        return pb.ModelConfigResponse(config=_config(self._repository.get(request.name, request.version)))
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        """Run a model."""
+        return await self._infer(request, deadline(context))
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Run models for many requests at once; an error does not end the stream."""
+        until = deadline(context)
+
+        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+            try:
+                return pb.ModelStreamInferResponse(infer_response=await self._infer(request, until))
+            except Exception as error:
+                _, details = errors.to_status(error)
+                whose = pb.ModelInferResponse(
+                    id=request.id, model_name=request.model_name, model_version=request.model_version
+                )
+                return pb.ModelStreamInferResponse(error_message=details, infer_response=whose)
+
+        async for response in in_order(requests, answer):
+            yield response
+
+    async def _infer(self, request: pb.ModelInferRequest, until: float | None) -> pb.ModelInferResponse:
+        start_ns = time.monotonic_ns()
+        served = self._repository.get(request.model_name, request.model_version)
+        try:
+            backend = served.backend
+            inputs = wire.decode_inputs(request, backend.inputs, served.max_batch_size)
+            wanted = wire.requested_outputs(request, backend.outputs)
+            answer = await served.scheduler.infer(inputs, _with_timeout(request, until))
+            response = pb.ModelInferResponse(model_name=served.name, model_version=served.version, id=request.id)
+            wire.encode_outputs(
+                response, wanted, answer.outputs, backend.outputs, _labels(served), served.max_batch_size
+            )
+        except BaseException:
+            served.statistics.failed(start_ns)
+            raise
+        served.statistics.succeeded(start_ns, answer.stages)
+        return response
+
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
+        """What a model has done since it was loaded; of every one when none is named."""
+        if request.name:
+            models = [self._repository.get(request.name, request.version)]
+        else:
+            models = [status.served for status in self._repository.statuses() if status.served]
+        return pb.ModelStatisticsResponse(model_stats=[_statistics(served) for served in models])
+
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
+        """Every model in the repository, or only those that are ready."""
+        _check_repository(request.repository_name)
+        index = [status for status in self._repository.index() if status.state is State.READY or not request.ready]
+        return pb.RepositoryIndexResponse(
+            models=[
+                pb.RepositoryIndexResponse.ModelIndex(
+                    name=status.name, version=status.version, state=status.state.value, reason=status.reason
+                )
+                for status in index
+            ]
+        )
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Load the newest version of a model."""
+        self._check_control(request.repository_name, request.model_name)
+        if request.parameters:
+            raise Unimplemented(f"load parameters are not supported: {', '.join(sorted(request.parameters))}")
+        await asyncio.to_thread(self._repository.load, request.model_name)
+        await self._changed()
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Take a model out of service once the requests that wait for it are answered."""
+        self._check_control(request.repository_name, request.model_name)
+        await asyncio.to_thread(self._repository.unload, request.model_name)
+        await self._changed()
+        return pb.RepositoryModelUnloadResponse()
+
+    def _check_control(self, repository_name: str, model_name: str) -> None:
+        _check_repository(repository_name)
+        if self._config.model_control != "explicit":
+            raise Unavailable(_NO_CONTROL)
+        if not model_name:
+            raise InvalidArgument("Model name cannot be empty")
+
+    # Clients ask for the state of shared memory, and unregister all of it, before they know whether it is offered.
+
+    async def SystemSharedMemoryStatus(
+        self, request: pb.SystemSharedMemoryStatusRequest, context: Context
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        """No region is registered."""
+        _check_region(request.name)
+        return pb.SystemSharedMemoryStatusResponse()
+
+    async def SystemSharedMemoryRegister(
+        self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        """Not offered."""
+        raise Unimplemented("system shared memory is not supported; send the tensors as raw_input_contents")
+
+    async def SystemSharedMemoryUnregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        """Nothing to do."""
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    async def CudaSharedMemoryStatus(
+        self, request: pb.CudaSharedMemoryStatusRequest, context: Context
+    ) -> pb.CudaSharedMemoryStatusResponse:
+        """No region is registered."""
+        _check_region(request.name)
+        return pb.CudaSharedMemoryStatusResponse()
+
+    async def CudaSharedMemoryRegister(
+        self, request: pb.CudaSharedMemoryRegisterRequest, context: Context
+    ) -> pb.CudaSharedMemoryRegisterResponse:
+        """Not offered."""
+        raise Unimplemented("CUDA shared memory is not supported; send the tensors as raw_input_contents")
+
+    async def CudaSharedMemoryUnregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
+    ) -> pb.CudaSharedMemoryUnregisterResponse:
+        """Nothing to do."""
+        return pb.CudaSharedMemoryUnregisterResponse()
+
+    async def TraceSetting(self, request: pb.TraceSettingRequest, context: Context) -> pb.TraceSettingResponse:
+        """Not offered."""
+        raise Unimplemented("trace settings are not supported")
+
+    async def LogSettings(self, request: pb.LogSettingsRequest, context: Context) -> pb.LogSettingsResponse:
+        """Not offered."""
+        raise Unimplemented("log settings are not supported")
+
+
+def _with_timeout(request: pb.ModelInferRequest, until: float | None) -> float | None:
+    """The earlier of the call's deadline and the request's own `timeout` parameter, microseconds."""
+    if "timeout" not in request.parameters:
+        return until
+    timeout = wire.parameter(request.parameters["timeout"])
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+        raise InvalidArgument(f"invalid value for 'timeout' parameter, expected microseconds >= 0, got {timeout!r}")
+    if timeout == 0:  # as Triton has it: none
+        return until
+    own = time.monotonic() + timeout / 1e6
+    return own if until is None else min(own, until)
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise Unimplemented("'repository_name' specification is not supported")
+
+
+def _check_region(name: str) -> None:
+    if name:
+        raise NotFound(f"Unable to find shared memory region: '{name}'")
+
+
+def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
+    return pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype, shape=spec.dims())
+
+
+def _properties(served: ServedModel) -> dict[str, str]:
+    """Read back from what really runs."""
+    about = {"backend": served.backend.name, "provider": served.backend.provider, "device": served.backend.device}
+    if served.golden is None:
+        return {**about, "verified": "false"}
+    return {**about, "verified": "true", "golden_max_abs": f"{served.golden.max_abs:.3g}"}
+
+
+def _labels(served: ServedModel) -> dict[str, tuple[str, ...]]:
+    """The classes' names, for the outputs that have one score a class."""
+    if served.manifest is None:
+        return {}
+    labels = served.manifest.labels
+    return {spec.name: labels for spec in served.backend.outputs if spec.shape[1:] == (len(labels),)}
+
+
+def _config(served: ServedModel) -> pb.ModelConfig:
+    platform, backend = _PLATFORMS[served.backend.name]
+    labels = _labels(served)
+    skipped = 1 if served.max_batch_size else 0  # the batch axis is not among a configuration's dims
+    on_gpu = served.backend.device != "cpu"
+    config = pb.ModelConfig(
+        name=served.name,
+        platform=platform,
+        backend=backend,
+        max_batch_size=served.max_batch_size,
+        version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
+        input=[
+            pb.ModelInput(
+                name=spec.name,
+                data_type=_data_type(spec),
+                dims=spec.dims()[skipped:],
+                format=pb.ModelInput.FORMAT_NCHW if labels and len(spec.shape) == 4 else pb.ModelInput.FORMAT_NONE,
+            )
+            for spec in served.backend.inputs
+        ],
+        output=[
+            pb.ModelOutput(
+                name=spec.name,
+                data_type=_data_type(spec),
+                dims=spec.dims()[skipped:],
+                label_filename="labels.txt" if spec.name in labels else "",
+            )
+            for spec in served.backend.outputs
+        ],
+        instance_group=[
+            pb.ModelInstanceGroup(
+                name=f"{served.name}_0",
+                count=1,
+                kind=pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU,
+                gpus=[int(served.backend.device.partition(":")[2])] if on_gpu else [],
+            )
+        ],
+        default_model_filename="model.pt" if served.backend.name == "torchscript" else "model.onnx",
+        parameters={key: pb.ModelParameter(string_value=value) for key, value in _properties(served).items()},
+    )
+    if served.max_batch_size:
+        config.dynamic_batching.SetInParent()
+    return config
+
+
+def _data_type(spec: TensorSpec) -> str:
+    """The configuration's name for a datatype: TYPE_FP32 for FP32, TYPE_STRING for BYTES."""
+    return f"TYPE_{'STRING' if spec.datatype == 'BYTES' else spec.datatype}"
+
+
+def _statistics(served: ServedModel) -> pb.ModelStatistics:
+    counted = served.statistics
+    return pb.ModelStatistics(
+        name=served.name,
+        version=served.version,
+        last_inference=counted.last_inference_ms,
+        inference_count=counted.inference_count,
+        execution_count=counted.execution_count,
+        inference_stats=pb.InferStatistics(
+            success=_duration(counted.success),
+            fail=_duration(counted.fail),
+            queue=_duration(counted.queue),
+            compute_input=_duration(counted.compute_input),
+            compute_infer=_duration(counted.compute_infer),
+            compute_output=_duration(counted.compute_output),
+        ),
+        batch_stats=[
+            pb.InferBatchStatistics(
+                batch_size=rows,
+                compute_input=_duration(batch.compute_input),
+                compute_infer=_duration(batch.compute_infer),
+                compute_output=_duration(batch.compute_output),
+            )
+            for rows, batch in sorted(counted.batches.copy().items())
+        ],
+    )
+
+
+def _duration(duration: Duration) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=duration.count, ns=duration.ns)

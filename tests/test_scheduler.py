@@ -1,0 +1,209 @@
+"""The scheduler by itself: what is batched, in which order, and what never runs."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from serving.errors import DeadlineExceeded, QueueFull, Unavailable
+from serving.scheduler import Scheduler
+from serving.statistics import Statistics
+
+
+class Model:
+    """Doubles its input; runs only while it is let go, and remembers its batches."""
+
+    def __init__(self, held: bool = False):
+        self.released = threading.Event()
+        self.started = threading.Event()
+        self.batches = []
+        if not held:
+            self.released.set()
+
+    def run(self, inputs):
+        self.started.set()
+        assert self.released.wait(30)
+        self.batches.append(inputs["x"].copy())
+        if (inputs["x"] < 0).any():
+            raise ArithmeticError("negative")
+        return {"y": inputs["x"] * 2}
+
+
+def scheduled(scenario, model, *, max_batch_size=8, max_queue=100):
+    """Run a scenario against a scheduler of the model; gives its statistics."""
+    statistics = Statistics()
+
+    async def run():
+        scheduler = Scheduler("m", model.run, statistics, max_batch_size, max_queue)
+        try:
+            await scenario(scheduler)
+        finally:
+            model.released.set()
+            await asyncio.to_thread(scheduler.close)
+
+    asyncio.run(run())
+    return statistics
+
+
+def rows(*values):
+    return {"x": np.array(values, np.float32).reshape(-1, 1)}
+
+
+async def enqueued(scheduler, model, first, *others):
+    """Tasks for requests of which the first runs, held, and the others wait behind it."""
+    tasks = [asyncio.create_task(scheduler.infer(*first))]
+    await asyncio.to_thread(model.started.wait, 10)
+    for other in others:
+        tasks.append(asyncio.create_task(scheduler.infer(*other)))
+        await asyncio.sleep(0)
+    return tasks
+
+
+def test_an_idle_model_runs_a_request_at_once():
+    model = Model()
+
+    async def scenario(scheduler):
+        answer = await scheduler.infer(rows(1, 2))
+        assert answer.outputs["y"].tolist() == [[2], [4]]
+        stages = answer.stages
+        assert stages.queued_ns <= stages.taken_ns <= stages.assembled_ns <= stages.computed_ns
+
+    statistics = scheduled(scenario, model)
+    assert (statistics.execution_count, dict(statistics.batches).keys()) == (1, {2})
+
+
+def test_what_queued_up_meanwhile_runs_together_and_each_gets_its_rows():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(1)], [rows(2, 3)], [rows(4)], [rows(5, 6, 7)])
+        model.released.set()
+        answers = [answer.outputs["y"].ravel().tolist() for answer in await asyncio.gather(*tasks)]
+        assert answers == [[2], [4, 6], [8], [10, 12, 14]]
+
+    statistics = scheduled(scenario, model)
+    assert [batch.ravel().tolist() for batch in model.batches] == [[1], [2, 3, 4, 5, 6, 7]]
+    assert set(statistics.batches) == {1, 6}
+
+
+def test_a_request_is_never_split_and_none_overtakes():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(0)], [rows(1, 2, 3)], [rows(4, 5)], [rows(6)])
+        model.released.set()
+        await asyncio.gather(*tasks)
+
+    scheduled(scenario, model, max_batch_size=4)
+    assert [batch.ravel().tolist() for batch in model.batches] == [[0], [1, 2, 3], [4, 5, 6]]
+
+
+def test_other_shapes_are_not_mixed():
+    model = Model(held=True)
+    wide = {"x": np.ones((1, 2), np.float32)}
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(0)], [rows(1)], [wide], [rows(2)])
+        model.released.set()
+        await asyncio.gather(*tasks)
+
+    scheduled(scenario, model)
+    assert [batch.shape for batch in model.batches] == [(1, 1), (1, 1), (1, 2), (1, 1)]
+
+
+def test_a_model_without_a_batch_axis_runs_one_request_at_a_time():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(0)], [rows(1)], [rows(2)])
+        model.released.set()
+        await asyncio.gather(*tasks)
+
+    statistics = scheduled(scenario, model, max_batch_size=0)
+    assert len(model.batches) == statistics.execution_count == 3
+
+
+def test_one_bad_request_does_not_fail_the_others_of_its_batch():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(0)], [rows(1)], [rows(-1)], [rows(3)])
+        model.released.set()
+        first, second, bad, third = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [answer.outputs["y"].item() for answer in (first, second, third)] == [0, 2, 6]
+        assert isinstance(bad, ArithmeticError)
+
+    scheduled(scenario, model)
+
+
+def test_expired_and_cancelled_requests_never_run():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        soon = time.monotonic() + 0.05
+        tasks = await enqueued(scheduler, model, [rows(0)], [rows(1), soon], [rows(2)], [rows(3)])
+        tasks[2].cancel()
+        await asyncio.sleep(0.06)
+        model.released.set()
+        first, late, cancelled, last = await asyncio.gather(*tasks, return_exceptions=True)
+        assert first.outputs["y"].item() == 0
+        assert str(late) == "model m: the deadline passed before the model ran"
+        assert isinstance(late, DeadlineExceeded)
+        assert isinstance(cancelled, asyncio.CancelledError)
+        assert last.outputs["y"].item() == 6
+
+    scheduled(scenario, model)
+    assert [batch.ravel().tolist() for batch in model.batches] == [[0], [3]]
+
+
+def test_a_full_queue_refuses_and_recovers():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(0)], [rows(1)])
+        with pytest.raises(QueueFull, match="model m: 2 requests wait already"):
+            await scheduler.infer(rows(2))
+        model.released.set()
+        await asyncio.gather(*tasks)
+        assert (await scheduler.infer(rows(3))).outputs["y"].item() == 6
+
+    scheduled(scenario, model, max_queue=2)
+
+
+def test_closing_answers_those_who_wait_and_refuses_the_rest():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(0)], [rows(1)], [rows(2)])
+        closing = asyncio.create_task(asyncio.to_thread(scheduler.close))
+        await asyncio.sleep(0.02)
+        with pytest.raises(Unavailable, match="model m is being unloaded"):
+            await scheduler.infer(rows(3))
+        model.released.set()
+        assert [answer.outputs["y"].item() for answer in await asyncio.gather(*tasks)] == [0, 2, 4]
+        await closing
+
+    scheduled(scenario, model)
+
+
+def test_any_interleaving_gives_each_caller_its_own_rows():
+    rng = np.random.default_rng(0)
+    model = Model()
+
+    async def scenario(scheduler):
+        async def caller(number):
+            for _ in range(20):
+                await asyncio.sleep(rng.random() * 0.002)
+                x = np.full((rng.integers(1, 9), 1), number, np.float32) + rng.random()
+                answer = await scheduler.infer({"x": x})
+                assert np.array_equal(answer.outputs["y"], x * 2)
+
+        await asyncio.gather(*(caller(number) for number in range(50)))
+
+    statistics = scheduled(scenario, model)
+    assert statistics.execution_count < 1000  # some were batched
+    assert sum(size * batch.compute_infer.count for size, batch in statistics.batches.items()) == sum(
+        map(len, model.batches)
+    )
