@@ -144,13 +144,16 @@ class Bundle:
         return data
 
     def verify(self) -> None:
-        """Check every file against the manifest.
+        """Check every file against the manifest, and the manifest's labels, which no hash covers, against their file.
 
         Raises:
-            BundleError: as `read`.
+            BundleError: as `read`; or the labels differ.
         """
         for name in self.manifest.files:
             self.read(name)
+        labels = tuple(self.read(LABELS).decode(errors="replace").splitlines())
+        if labels != self.manifest.labels:
+            raise BundleError(f"{self.path / MANIFEST}: its labels are not those of {LABELS}, {', '.join(labels)}")
 
     def golden(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
         """The golden images, uint8 [G,1,28,28], and the reference's logits for them, float32 [G,10].
@@ -169,6 +172,7 @@ class Bundle:
             and spec.accepts(image.shape)
             and logits.dtype == np.float32
             and logits.shape == (len(image), len(self.manifest.labels))
+            and np.isfinite(logits).all()
         ):
             raise BundleError(
                 f"{self.path / GOLDEN}: image {image.dtype} {list(image.shape)} and logits {logits.dtype} "

@@ -27,14 +27,13 @@ from PIL import Image
 
 from protos import classifier_pb2 as pb
 from protos import classifier_pb2_grpc
-from serving.config import DEFAULT_PORT
+from serving.config import DEFAULT_PORT, MAX_MESSAGE_BYTES
 from serving.errors import InvalidArgument, ParityserveError, Unavailable, from_status
 from serving.images import Polarity
 
 ImageLike = npt.NDArray[np.uint8] | Image.Image | str | os.PathLike[str] | bytes
 
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
-MAX_MESSAGE_BYTES = 64 << 20
 DEFAULT_TIMEOUT_S = 30.0
 
 _OPTIONS: list[tuple[str, Any]] = [
@@ -230,7 +229,7 @@ class Client:
     """A synchronous client; close it, or use it as a context manager."""
 
     def __init__(self, target: str = DEFAULT_TARGET, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Connect to `target`, host:port, at the first call; a call fails after `timeout_s` seconds."""
+        """Connect to `target`, host:port, at the first call. A call fails after `timeout_s` seconds, a stream never."""
         self._target = target
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(target, _OPTIONS)

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_PORT = 8001
+MAX_MESSAGE_BYTES = 64 << 20
 
 BackendName = Literal["onnx", "torchscript"]
 DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
@@ -37,9 +38,13 @@ class ServerConfig(BaseSettings):
     threads: int = Field(1, ge=1, le=256, description="threads that the model may use for one run on the CPU")
     max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
     max_queue: int = Field(1024, ge=1, description="most requests that wait or run for one model")
-    max_message_bytes: int = Field(64 << 20, ge=1 << 12, le=(1 << 31) - 1, description="largest request accepted")
+    max_message_bytes: int = Field(
+        MAX_MESSAGE_BYTES, ge=1 << 12, le=(1 << 31) - 1, description="largest request accepted"
+    )
     max_image_pixels: int = Field(
-        50_000_000, ge=1, description="largest encoded picture accepted, width x height; checked before it is decoded"
+        50_000_000,
+        ge=1,
+        description="most pixels, width x height, that a request's pictures may have together; checked before decoding",
     )
     drain_s: float = Field(
         10.0, ge=0, description="seconds that running requests get to finish when the server is stopped"

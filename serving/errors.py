@@ -89,7 +89,7 @@ def to_status(error: Exception) -> tuple[grpc.StatusCode, str]:
     Anything unexpected becomes INTERNAL without its text, which might tell secrets, and a traceback in the log.
     """
     if isinstance(error, RequestError):
-        return STATUS[type(error)], str(error)
+        return next(code for kind, code in STATUS.items() if isinstance(error, kind)), str(error)
     logger.error("unexpected error while answering a request", exc_info=error)
     return grpc.StatusCode.INTERNAL, "internal error"
 

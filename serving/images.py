@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import io
 from typing import Any
@@ -26,7 +27,7 @@ class Polarity(enum.Enum):
     DARK_ON_LIGHT = 2
 
 
-def decode(data: bytes, height: int, width: int, polarity: Polarity, max_pixels: int) -> Pixels:
+def decode(data: bytes, height: int, width: int, polarity: Polarity, max_pixels: int) -> tuple[Pixels, int]:
     """Decode one picture.
 
     A greyscale picture of exactly the model's size keeps its pixels, but for the polarity. Any other is taken for a
@@ -41,27 +42,31 @@ def decode(data: bytes, height: int, width: int, polarity: Polarity, max_pixels:
         max_pixels: the largest width x height accepted; judged from the header, before anything is decoded.
 
     Returns:
-        uint8 [1, height, width], light on dark.
+        uint8 [1, height, width], light on dark, and how many pixels the picture had.
 
     Raises:
         InvalidArgument: not a picture, damaged, or too large.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            if picture.width * picture.height > max_pixels:
+            size = picture.width * picture.height
+            if size > max_pixels:
                 raise InvalidArgument(
                     f"picture of {picture.width} x {picture.height} pixels, want at most {max_pixels} in all "
                     "(--max-image-pixels)"
                 )
             picture.draft("L", (4 * width, 4 * height))  # a large JPEG is decoded at a smaller scale, 8 times faster
-            grey = _greyscale(picture)
-    except Image.DecompressionBombError as error:  # Pillow's own, higher limit, judged from the header too
-        raise InvalidArgument(f"picture larger than {max_pixels} pixels (--max-image-pixels)") from error
+            picture.load()
+            grey = _greyscale(_reduced(picture, height, width))
+    except InvalidArgument:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, judged from the header too
+        raise InvalidArgument(f"a picture too large: {error}") from error
     except UnidentifiedImageError as error:
         raise InvalidArgument(f"{len(data)} bytes that are not a picture; want one of {', '.join(FORMATS)}") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise for damaged files
+    except Exception as error:  # Pillow's decoders raise errors of all kinds for damaged files
         raise InvalidArgument(f"a damaged picture: {error}") from error
-    photograph = grey.size != (width, height)
+    photograph = size != width * height or grey.size != (width, height)
     if photograph:
         grey = _shrink(grey, height, width)
     pixels = np.asarray(grey)
@@ -69,21 +74,31 @@ def decode(data: bytes, height: int, width: int, polarity: Polarity, max_pixels:
         pixels = 255 - pixels
     if photograph:
         pixels = _pad(_level(pixels), height, width)
-    return pixels[np.newaxis]
+    return pixels[np.newaxis], size
+
+
+def _reduced(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Upright, and a large picture by a whole factor smaller, so that what follows needs little memory."""
+    # Damaged EXIF data raises errors of all kinds: the picture is then taken as it lies.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(picture, in_place=True)
+    factor = min(picture.width // (4 * width), picture.height // (4 * height))
+    if factor <= 1 or picture.mode in ("1", "P", "PA"):  # of those, neighbours have no mean
+        return picture
+    return (picture.convert("I") if picture.mode.startswith("I;") else picture).reduce(factor)
 
 
 def _greyscale(picture: Image.Image) -> Image.Image:
-    """Mode L, upright, transparency on white paper."""
+    """Mode L, transparency on white paper."""
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow's conversion would clip at 255
-        deep = np.asarray(picture, dtype=np.float64)
+        deep = np.asarray(picture, dtype=np.float32)
         scale = 255 / max(deep.max(), 255)
         return Image.fromarray((deep.clip(0) * scale).astype(np.uint8))
-    upright = ImageOps.exif_transpose(picture)
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        paper = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(paper, upright)
-    return upright.convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        paper = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(paper, picture)
+    return picture.convert("L")
 
 
 def _border(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:

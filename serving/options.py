@@ -33,8 +33,13 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}
         else:
             arguments["metavar"] = _METAVARS.get(kind, "PATH")
-        flag = name.rstrip("s") if get_origin(kind) is tuple else name
-        parser.add_argument(f"--{flag.replace('_', '-')}", dest=name, **arguments)
+        parser.add_argument(f"--{_flag(model, name)}", dest=name, **arguments)
+
+
+def _flag(model: type[BaseModel], name: str) -> str:
+    """A field's option: that of a tuple is given once for each of its values, and so is singular."""
+    repeated = get_origin(model.model_fields[name].annotation) is tuple
+    return (name.rstrip("s") if repeated else name).replace("_", "-")
 
 
 def parse(model: type[Model], namespace: argparse.Namespace, **defaults: Any) -> Model:
@@ -50,6 +55,6 @@ def parse(model: type[Model], namespace: argparse.Namespace, **defaults: Any) ->
         lines = []
         for problem in error.errors():
             name = str(problem["loc"][0]) if problem["loc"] else ""
-            option = f"--{name.replace('_', '-')}: " if name else ""
+            option = f"--{_flag(model, name)}: " if name else ""
             lines.append(f"{option}{problem['msg']}, got {problem['input']!r}")
         raise ValueError("; ".join(lines)) from error

@@ -87,6 +87,8 @@ def compare(reference: Floats, candidate: Floats, allowed: Tolerance, labels: La
     excess = np.where(np.isfinite(candidate), difference - (allowed.atol + allowed.rtol * np.abs(reference)), np.inf)
     agreement = _top1_agreement(reference, candidate, allowed)
     failures = []
+    if not np.isfinite(reference).all():
+        failures.append("the reference itself has logits that are not numbers: nothing can be compared with it")
     if excess.max() > 0:
         row, column = np.unravel_index(excess.argmax(), excess.shape)
         failures.append(

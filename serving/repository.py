@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import threading
@@ -20,6 +21,7 @@ from serving.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
+GOLDEN_RUNS = 3
 UNLOADED = "unloaded"  # Triton's word for a model that was taken out of service
 
 
@@ -62,7 +64,8 @@ class Repository:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._statuses: dict[str, Status] = {}
-        self._loading = threading.Lock()  # ONNX Runtime's sessions may not be created concurrently
+        self._wanted: set[str] = set()  # from the start on; a client's failed load does not make the server unready
+        self._loading = threading.Lock()  # held to change what is served; ONNX Runtime's sessions need it too
 
     def scan(self) -> None:
         """Find the newest version of every model asked for, and note it as LOADING.
@@ -80,7 +83,8 @@ class Repository:
             have = f"; it has {', '.join(found)}" if found else "; make train puts one into exported/"
             raise BundleError(f"{root}: {what}{have}")
         everything = () if self._config.model_control == "explicit" else found
-        for name in self._config.models or everything:
+        self._wanted = set(self._config.models or everything)
+        for name in sorted(self._wanted):
             self._statuses[name] = Status(name, str(bundles.versions(root / name)[-1]), State.LOADING)
 
     def load_all(self) -> None:
@@ -89,13 +93,10 @@ class Repository:
         Raises:
             DeviceError: the device asked for cannot be used.
         """
-        for name, status in list(self._statuses.items()):
-            try:
-                served = self._load(name, status.version)
-            except BundleError as error:
-                self._statuses[name] = Status(name, status.version, State.UNAVAILABLE, str(error))
-            else:
-                self._statuses[name] = Status(name, status.version, State.READY, served=served)
+        for name in sorted(self._wanted):
+            with self._loading, contextlib.suppress(BundleError):  # the status has the reason
+                if self._statuses[name].state is State.LOADING:  # no client was quicker
+                    self._replace(name, self._statuses[name].version)
 
     def load(self, name: str) -> None:
         """Load the newest version of a model, and serve it in place of the one served before, which is then unloaded.
@@ -110,16 +111,9 @@ class Repository:
             if not numbers:
                 raise InvalidArgument(f"failed to load '{name}', failed to poll from model repository")
             try:
-                served = self._load(name, str(numbers[-1]))
+                self._replace(name, str(numbers[-1]))
             except (BundleError, DeviceError) as error:
-                status = self._statuses.get(name)
-                if status is None or status.served is None:
-                    self._statuses[name] = Status(name, str(numbers[-1]), State.UNAVAILABLE, str(error))
                 raise InvalidArgument(f"failed to load '{name}', {error}") from error
-            before = self._statuses.get(name)
-            self._statuses[name] = Status(name, served.version, State.READY, served=served)
-        if before and before.served:
-            before.served.scheduler.close()
 
     def unload(self, name: str) -> None:
         """Take a model out of service once the requests that wait for it are answered.
@@ -127,20 +121,41 @@ class Repository:
         Raises:
             NotFound: the model was never loaded.
         """
-        status = self._statuses.get(name)
-        if status is None:
-            raise NotFound(f"failed to unload '{name}', the model is not known")
-        self._statuses[name] = Status(name, status.version, State.UNAVAILABLE, UNLOADED)
-        if status.served:
-            status.served.scheduler.close()
+        with self._loading:
+            status = self._statuses.get(name)
+            if status is None:
+                raise NotFound(f"failed to unload '{name}', the model is not known")
+            self._statuses[name] = Status(name, status.version, State.UNAVAILABLE, UNLOADED)
+            if status.served:
+                status.served.scheduler.close()
+
+    def _replace(self, name: str, version: str) -> None:
+        """Load a version and serve it in place of what was served, which is then unloaded; `_loading` is held."""
+        before = self._statuses.get(name)
+        if before is None or before.served is None:
+            self._statuses[name] = Status(name, version, State.LOADING)
+        try:
+            served = self._load(name, version)
+        except (BundleError, DeviceError) as error:
+            if before is None or before.served is None:
+                self._statuses[name] = Status(name, version, State.UNAVAILABLE, str(error))
+            raise
+        self._statuses[name] = Status(name, version, State.READY, served=served)
+        if before and before.served:
+            before.served.scheduler.close()
 
     def _load(self, name: str, version: str) -> ServedModel:
         start = time.perf_counter()
         try:
             served = self._open(name, version)
+        except DeviceError:
+            raise
         except BundleError as error:
             logger.error("model %s version %s is not served: %s", name, version, error)
             raise
+        except Exception as error:  # a file that is what it should be by its hash, and does what nobody foresaw
+            logger.exception("model %s version %s is not served", name, version)
+            raise BundleError(f"{name} version {version} cannot be run: {type(error).__name__}: {error}") from error
         backend = served.backend
         logger.info(
             "model %s version %s READY: %s, %s on %s; %s; %.0f ms",
@@ -177,7 +192,8 @@ class Repository:
 
     def ready(self) -> bool:
         """Whether every version that should be served is READY."""
-        return all(status.state is State.READY or status.reason == UNLOADED for status in self._statuses.values())
+        wanted = [self._statuses[name] for name in self._wanted]
+        return all(status.state is State.READY or status.reason == UNLOADED for status in wanted)
 
     def only_model(self) -> str:
         """The name of the only model.
@@ -185,9 +201,10 @@ class Repository:
         Raises:
             InvalidArgument: there are several, or none.
         """
-        if len(self._statuses) == 1:
-            return next(iter(self._statuses))
-        raise InvalidArgument(f"model: got none, want one of: {', '.join(sorted(self._statuses))}")
+        names = sorted(name for name, status in self._statuses.items() if status.reason != UNLOADED)
+        if len(names) == 1:
+            return names[0]
+        raise InvalidArgument(f"model: got none, want one of: {', '.join(names)}")
 
     def get(self, name: str, version: str = "") -> ServedModel:
         """The model to answer with; an empty version means the newest. The texts are Triton's, up to the semicolon.
@@ -227,9 +244,9 @@ def _version_number(version: str) -> str:
     """A version as it is written in the repository: without leading zeros."""
     if not version:
         return ""
-    if not (version.isascii() and version.isdigit() and int(version) > 0 and len(version) < 20):
+    if not (len(version) < 20 and version.isascii() and version.isdigit() and int(version) > 0):
         raise InvalidArgument(
-            f"failed to get model version from specified version string '{version}', "
+            f"failed to get model version from specified version string '{version[:100]}', "
             "version should be an integral value > 0"
         )
     return str(int(version))
@@ -249,7 +266,8 @@ def _has_batch_axis(backend: Backend) -> bool:
 def golden_check(bundle: Bundle, backend: Backend) -> Comparison:
     """Answer the bundle's golden images on the very backend and device that will serve, and compare.
 
-    Batches of one, of three and of all images are run, which also warms the backend.
+    Batches of one, of three and of all images are run, which also warms the backend. Each runs several times and the
+    last is judged: TorchScript optimises during the second run of a shape, and what it then runs is what will serve.
 
     Raises:
         GoldenMismatch: an answer is not the trained model's; the text has every failure.
@@ -259,7 +277,8 @@ def golden_check(bundle: Bundle, backend: Backend) -> Comparison:
     precision = bundle.manifest.files[bundle.manifest.file_for(backend.name)].precision
     allowed = tolerance(precision or "fp32", backend.device)
     for size in (1, 3, len(image)):
-        outputs = backend.run({bundle.manifest.inputs[0].name: image[:size]})
+        for _ in range(GOLDEN_RUNS):
+            outputs = backend.run({bundle.manifest.inputs[0].name: image[:size]})
         comparison = compare_outputs(logits[:size], outputs, allowed)
         if not comparison.passed:
             raise GoldenMismatch(

@@ -7,6 +7,7 @@ what queued up meanwhile. Requests are never split, never reordered, and each ge
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -30,7 +31,7 @@ class Answer:
     stages: Stages
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Request:
     inputs: Mapping[str, Array]
     rows: int
@@ -41,6 +42,10 @@ class _Request:
     def fits(self, other: _Request) -> bool:
         """Whether both can be rows of one tensor: all but the first axis must be equal."""
         return all(array.shape[1:] == other.inputs[name].shape[1:] for name, array in self.inputs.items())
+
+
+class Closed(Unavailable):
+    """The scheduler takes no more requests; another version of the model may."""
 
 
 class Scheduler:
@@ -78,7 +83,7 @@ class Scheduler:
         Raises:
             QueueFull: the queue is full; nothing was run.
             DeadlineExceeded: the deadline passed before the model ran.
-            Unavailable: the model is being unloaded.
+            Closed: the model is being unloaded.
         """
         if self._pending >= self._max_queue:
             raise QueueFull(f"model {self._name}: {self._pending} requests wait already, the queue holds no more")
@@ -86,12 +91,17 @@ class Scheduler:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         with self._changed:
             if self._closed:
-                raise Unavailable(f"model {self._name} is being unloaded")
-            self._queue.append(_Request(inputs, rows, deadline, future, time.monotonic_ns()))
+                raise Closed(f"model {self._name} is being unloaded")
+            request = _Request(inputs, rows, deadline, future, time.monotonic_ns())
+            self._queue.append(request)
             self._changed.notify()
         self._pending += 1
         try:
             return await future
+        except asyncio.CancelledError:
+            with self._changed, contextlib.suppress(ValueError):  # not there any more: it runs or ran
+                self._queue.remove(request)
+            raise
         finally:
             self._pending -= 1
 

@@ -43,10 +43,11 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
             ]
         )
+        self._classifier = ClassifierService(self.repository, config)
         open_inference_service = OpenInferenceService(self.repository, config, self._report)
         self._server.add_generic_rpc_handlers(
             (
-                handler(ClassifierService(self.repository, config), _CLASSIFIER),
+                handler(self._classifier, _CLASSIFIER),
                 handler(open_inference_service, open_inference.POOL.FindServiceByName(open_inference.SERVICE)),
             )
         )
@@ -101,6 +102,7 @@ class Server:
         """Report NOT_SERVING, let running requests finish for at most `drain_s` seconds, then close the models."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
+        await asyncio.to_thread(self._classifier.close)
         await asyncio.to_thread(self.repository.close)
 
 

@@ -91,6 +91,7 @@ def decode_inputs(
     shapes = {tensor.name: _check_signature(tensor, by_name[tensor.name], model) for tensor in request.inputs}
     if max_batch_size:
         _check_batch(shapes, max_batch_size, model)
+    _check_axes(shapes, specs, model)
     raw = request.raw_input_contents
     used = 0  # inputs in shared memory have no raw entry
     arrays = {}
@@ -257,6 +258,21 @@ def _check_batch(shapes: Mapping[str, tuple[int, ...]], max_batch_size: int, mod
             raise InvalidArgument(f"input '{name}' batch size does not match other inputs for '{model}'")
         if size > max_batch_size:
             raise InvalidArgument(f"inference request batch-size must be <= {max_batch_size} for '{model}'")
+
+
+def _check_axes(shapes: Mapping[str, tuple[int, ...]], specs: Sequence[TensorSpec], model: str) -> None:
+    """Axes of one name have one length."""
+    lengths: dict[str, tuple[int, str]] = {}
+    for spec in specs:
+        for axis, length in zip(spec.shape, shapes[spec.name], strict=True):
+            if not isinstance(axis, str):
+                continue
+            first, whose = lengths.setdefault(axis, (length, spec.name))
+            if length != first:
+                raise InvalidArgument(
+                    f"unexpected shape for input {_of(spec.name, model)}. "
+                    f"Axis {axis} is {length}, but {first} in input '{whose}'"
+                )
 
 
 def _elements(tensor: _Tensor, shape: tuple[int, ...], raw: Sequence[bytes], index: int, origin: Origin) -> Array:

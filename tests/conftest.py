@@ -51,6 +51,14 @@ def _gpu(request: pytest.FixtureRequest) -> None:
         pytest.skip(problem)
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """torch's number of threads is the whole process's: a test that opens a TorchScript backend changes it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Both data sets in full; skipped with the reason, or failing with REQUIRE_DATA=1, where they cannot be had."""

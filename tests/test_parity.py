@@ -2,10 +2,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import MODEL, rehash
+from conftest import MODEL, edit_manifest, rehash
 from onnx import numpy_helper
 
-from serving.bundle import GOLDEN, open_bundle
+from serving.bundle import GOLDEN, MANIFEST, open_bundle
 from serving.parity import TOLERANCES, compare, compare_outputs, softmax, tolerance
 from trainer import parity
 
@@ -102,7 +102,9 @@ def test_every_file_of_a_bundle_passes(bundle, sample):
     assert report.passed
     assert report.images == 150 + 18
     covered = {(row.file, row.batch_size) for row in report.rows}
-    assert covered == {(GOLDEN, 50)} | {(f, n) for f in ("model.onnx", "model.pt") for n in (1, 3, 7, 50)}
+    assert covered == {(GOLDEN, 50), (MANIFEST, 200)} | {
+        (f, n) for f in ("model.onnx", "model.pt") for n in (1, 3, 7, 50)
+    }
     assert {row.provider for row in report.rows} == {"torch", "CPUExecutionProvider"}
     assert all(row.comparison.accuracy in (None, report.reference_accuracy) for row in report.rows)
     assert sum(seen) == 2 * 4 * report.images
@@ -128,8 +130,22 @@ def test_stale_golden_answers_fail(tampered, sample):
     assert [row.file for row in report.rows if not row.comparison.passed] == [GOLDEN]
 
 
+def test_a_claimed_accuracy_that_is_not_the_weights_fails(tampered, sample):
+    version = tampered / MODEL / "1"
+    edit_manifest(version, test_accuracy={"value": 0.95, "n": 150})
+    report = parity.check(open_bundle(version), sample[1], "cpu", largest_batch=50)
+    (row,) = [row for row in report.rows if not row.comparison.passed]
+    assert "the manifest claims an accuracy of 95.0000%, its weights have" in row.comparison.failures[0]
+
+
+def test_a_reference_that_is_no_number_fails(logits):
+    reference = logits.copy()
+    reference[3, 3] = np.nan
+    assert "the reference itself" in compare(reference, logits, CPU).failures[0]
+
+
 @pytest.mark.gpu
 def test_every_file_passes_on_cuda(bundle, sample):
     report = parity.check(bundle, sample[1], "cuda", largest_batch=50)
     assert report.passed
-    assert {row.device for row in report.rows if row.file != GOLDEN} == {"cuda:0"}
+    assert {row.device for row in report.rows if row.backend != "eager"} == {"cuda:0"}

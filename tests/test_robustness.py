@@ -81,7 +81,22 @@ def test_any_interleaving_of_calls_and_streams_gives_each_caller_its_own_rows(re
 
 # --- fuzz
 
-_TEXTS = ["", MODEL, "cats", "image", "logits", "UINT8", "FP32", "BYTES", "\x00", "../..", "ü" * 50, "1", "-1"]
+_TEXTS = [
+    "",
+    MODEL,
+    "cats",
+    "image",
+    "logits",
+    "UINT8",
+    "FP32",
+    "BYTES",
+    "\x00",
+    "../..",
+    "ü" * 50,
+    "1",
+    "-1",
+    "9" * 5000,
+]
 _KEYS = ["timeout", "priority", "classification", "sequence_id", "binary_data_output", "triton_x", *_TEXTS]
 _KEYS += ["shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"]
 _NUMBERS = [0, 1, -1, 2, 3, 10, 28, 784, 2**31 - 1, 2**31, 2**62, -(2**63), 2**63 - 1]

@@ -172,6 +172,24 @@ def test_a_full_queue_refuses_and_recovers():
     scheduled(scenario, model, max_queue=2)
 
 
+def test_who_goes_away_leaves_no_request_behind():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        (first,) = await enqueued(scheduler, model, [rows(0)])
+        for _ in range(50):
+            task = asyncio.create_task(scheduler.infer(rows(1)))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert not scheduler._queue
+        model.released.set()
+        await first
+
+    scheduled(scenario, model, max_queue=2)
+    assert len(model.batches) == 1
+
+
 def test_closing_answers_those_who_wait_and_refuses_the_rest():
     model = Model(held=True)
 

@@ -1,7 +1,10 @@
 """The server over real channels: answers, errors, readiness, draining."""
 
 import asyncio
+import io
+import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -12,11 +15,14 @@ from conftest import MODEL, edit_manifest, rehash, running
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from PIL import Image
 from test_parity import change_weight
 
 import serving.repository
 from protos import classifier_pb2 as pb
 from protos import classifier_pb2_grpc
+from protos import open_inference as pb_oip
+from serving.bundle import open_bundle
 from serving.client import Client
 from serving.config import ServerConfig
 from serving.errors import BundleError, InvalidArgument, QueueFull, StartupError, Unavailable
@@ -290,7 +296,7 @@ def held(repository, monkeypatch):
         return opened[0]
 
     monkeypatch.setattr(serving.repository, "open_backend", hold)
-    with running(repository, max_queue=1) as server:
+    with running(repository, max_queue=1, drain_s=10.0) as server:
         backend = opened[0]
         backend.released.clear()
         backend.started.clear()
@@ -317,8 +323,9 @@ def test_a_stopping_server_finishes_what_runs_and_refuses_the_rest(held):
         first = pool.submit(client.predict, GREY)
         assert backend.started.wait(10)
         stopping = pool.submit(server.stop)
+        patience = time.monotonic() + 10
         while health_or_none(server.address) == SERVING:
-            pass
+            assert time.monotonic() < patience
         with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as raised:
             classifier_pb2_grpc.ClassifierStub(channel).Predict(raw(GREY), timeout=5)
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -332,6 +339,50 @@ def health_or_none(address: str) -> int | None:
         return health(address)
     except grpc.RpcError:
         return None
+
+
+def test_a_passed_deadline_is_told(repository, monkeypatch):
+    """By the protocol's own timeout, since the caller's deadline ends the call at the caller's side."""
+    real = serving.repository.open_backend
+    opened = []
+    monkeypatch.setattr(serving.repository, "open_backend", lambda *a: opened.append(Held(real(*a))) or opened[0])
+    threading.Timer(0.1, lambda: opened[0].released.set()).start()
+    with (
+        running(repository) as server,
+        grpc.insecure_channel(server.address) as channel,
+        Client(server.address) as other,
+    ):
+        backend = opened[0]
+        backend.released.clear()
+        backend.started.clear()
+        backend.runs = 0
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(other.predict, GREY)
+            assert backend.started.wait(10)
+            request = pb_oip.ModelInferRequest(model_name=MODEL)
+            request.inputs.add(name="image", datatype="UINT8", shape=GREY.shape)
+            request.raw_input_contents.append(GREY.tobytes())
+            request.parameters["timeout"].int64_param = 1000  # microseconds
+            late = pool.submit(channel.unary_unary(pb_oip.RPCS["ModelInfer"].path), request.SerializeToString())
+            time.sleep(0.2)  # the deadline must pass while the request waits
+            backend.released.set()
+            with pytest.raises(grpc.RpcError) as raised:
+                late.result()
+            first.result()
+    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert raised.value.details() == "model fashion-mnist: the deadline passed before the model ran"
+    assert backend.runs == 1
+
+
+def test_pictures_that_are_too_many_together_are_refused(repository):
+    buffer = io.BytesIO()
+    Image.new("L", (100, 100)).save(buffer, "PNG")
+    with running(repository, max_image_pixels=25_000) as server, Client(server.address) as client:
+        assert len(client.predict([buffer.getvalue()] * 2).predictions) == 2
+        with pytest.raises(
+            InvalidArgument, match=r"encoded\.images\[2\]: picture of 100 x 100 pixels, want at most 5000"
+        ):
+            client.predict([buffer.getvalue()] * 3)
 
 
 def test_an_unexpected_error_tells_the_client_nothing(repository, monkeypatch, caplog):
@@ -362,6 +413,43 @@ def test_health_watch_tells_when_the_server_stops(repository):
             stopping = pool.submit(server.stop)
             assert next(watch).status == NOT_SERVING
             stopping.result()
+
+
+def reverse_labels(version):
+    labels = open_bundle(version).manifest.labels[::-1]
+    edit_manifest(version, labels=labels)
+
+
+def reverse_labels_everywhere(version):
+    reverse_labels(version)
+    text = (version / "labels.txt").read_text().splitlines()[::-1]
+    (version / "labels.txt").write_text("".join(f"{label}\n" for label in text))
+    rehash(version, "labels.txt")
+
+
+def rename_output(version):
+    model = onnx.load(version / "model.onnx")
+    model.graph.output[1].name = "scores"
+    for node in model.graph.node:
+        node.output[:] = ["scores" if name == "probabilities" else name for name in node.output]
+    onnx.save(model, version / "model.onnx")
+    rehash(version, "model.onnx")
+    outputs = json.loads((version / "manifest.json").read_text())["outputs"]
+    outputs[1]["name"] = "scores"
+    edit_manifest(version, outputs=outputs)
+
+
+def stale_golden(version):
+    image, logits = open_bundle(version).golden()
+    np.savez(version / "golden.npz", image=image, logits=logits + np.float32(0.01))
+    rehash(version, "golden.npz")
+
+
+def golden_that_is_no_number(version):
+    image, logits = open_bundle(version).golden()
+    logits[7, 3] = np.nan
+    np.savez(version / "golden.npz", image=image, logits=logits)
+    rehash(version, "golden.npz")
 
 
 def drop_labels(version):
@@ -400,10 +488,15 @@ def change_one_weight(version):
         (garble_onnx, "ONNX Runtime cannot open the model"),
         (rename_input, "the ONNX file's signature is not the manifest's"),
         (drop_labels, r"manifest\.json: labels"),
+        (reverse_labels, r"its labels are not those of labels\.txt"),
+        (reverse_labels_everywhere, "the ONNX file's labels are .*, not the manifest's"),
+        (rename_output, "fashion-mnist version 1 cannot be run: KeyError: 'probabilities'"),
+        (stale_golden, "the answers on cpu .* are not the trained model's"),
+        (golden_that_is_no_number, r"golden\.npz: .* do not fit"),
         (lambda version: (version / "manifest.json").unlink(), "a version without its manifest is not complete"),
         (lambda version: (version / "weights.pt").unlink(), r"weights\.pt: No such file"),
     ],
-    ids=["flipped byte", "changed weight", "garbage", "renamed input", "no labels", "no manifest", "missing file"],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_damaged_version_is_not_served(tampered, damage, reason):
     damage(tampered / MODEL / "1")

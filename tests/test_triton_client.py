@@ -3,12 +3,14 @@
 import asyncio
 import queue
 
+import grpc
 import numpy as np
 import onnx
 import pytest
 import tritonclient.grpc
 import tritonclient.grpc.aio
 from conftest import MODEL, running
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from onnx import TensorProto, helper
 from tritonclient.utils import InferenceServerException
 
@@ -25,6 +27,7 @@ def explicit(repository, tmp_path_factory):
     plain(root / "words" / "1", [echo(TensorProto.STRING, ["n"])])
     plain(root / "half" / "1", [echo(TensorProto.FLOAT16, ["n", 4])])
     plain(root / "fixed" / "1", [echo(TensorProto.INT64, [3, 2])])
+    plain(root / "axes" / "1", [sum_of_two(["n", "m"])])
     (root / "broken" / "1").mkdir(parents=True)
     (root / "broken" / "1" / ONNX).write_bytes(b"not a model")
     with running(root, model_control="explicit", allow_unverified=True, max_batch_size=64) as server:
@@ -49,8 +52,8 @@ def echo(kind, shape):
     )
 
 
-def sum_of_two():
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in ("a", "b", "sum", "left")]
+def sum_of_two(shape=("n", 3)):
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("a", "b", "sum", "left")]
     nodes = [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Sub", ["a", "b"], ["left"])]
     return model_of(nodes, values[:2], values[2:])
 
@@ -203,6 +206,35 @@ def test_the_asyncio_client(explicit, client, images, reference):
     asyncio.run(scenario())
 
 
+def test_a_model_is_replaced_without_a_request_lost(tampered, images):
+    with (
+        running(tampered, model_control="explicit", models=(MODEL,)) as server,
+        tritonclient.grpc.InferenceServerClient(server.address) as client,
+        tritonclient.grpc.InferenceServerClient(server.address) as control,
+    ):
+        answers = queue.Queue()
+        for number in range(300):
+            client.async_infer(
+                MODEL, [tensor("image", images[:3], "UINT8")], lambda result, error: answers.put((result, error))
+            )
+            if number % 60 == 30:
+                control.load_model(MODEL)
+        assert [answers.get(timeout=20)[1] for _ in range(300)] == [None] * 300
+
+
+def test_a_failed_load_of_another_model_leaves_the_server_ready(client, explicit):
+    with pytest.raises(InferenceServerException, match="failed to load 'broken'"):
+        client.load_model("broken")
+    client.load_model("sum")
+    assert client.is_server_ready()
+    with grpc.insecure_channel(explicit) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        states = {
+            name: check(health_pb2.HealthCheckRequest(service=name)).status for name in ("", MODEL, "sum", "broken")
+        }
+    assert states == {"": 1, MODEL: 1, "sum": 1, "broken": 2}
+
+
 def test_statistics_add_up(client, images):
     client.unload_model(MODEL)
     client.load_model(MODEL)  # counted from here on
@@ -224,7 +256,7 @@ def test_statistics_add_up(client, images):
 
 def test_models_are_loaded_and_unloaded(client, images):
     index = {model.name: model for model in client.get_model_repository_index().models}
-    assert set(index) == {MODEL, "sum", "words", "half", "fixed", "broken"}
+    assert set(index) == {MODEL, "sum", "words", "half", "fixed", "axes", "broken"}
     assert (index[MODEL].version, index[MODEL].state) == ("1", "READY")
     client.load_model("sum")
     assert client.is_model_ready("sum")
@@ -280,6 +312,9 @@ def test_any_onnx_model_is_served(client):
     assert np.array_equal(client.infer("half", [tensor("x", half, "FP16")]).as_numpy("y"), half)
     with pytest.raises(InferenceServerException, match="input 'x' has an element that is not UTF-8"):
         client.infer("words", [tensor("x", np.array([b"\xff"], dtype=object), "BYTES")])
+    client.load_model("axes")
+    with pytest.raises(InferenceServerException, match="Axis m is 4, but 3 in input 'a'"):
+        client.infer("axes", [tensor("a", a, "FP32"), tensor("b", np.ones((2, 4), np.float32), "FP32")])
     fixed = np.arange(6).reshape(3, 2)
     assert np.array_equal(client.infer("fixed", [tensor("x", fixed, "INT64")]).as_numpy("y"), fixed)
     assert client.get_model_config("fixed").config.max_batch_size == 0

@@ -196,8 +196,9 @@ def _export(options: argparse.Namespace) -> int:
 
 def _parity(options: argparse.Namespace) -> int:
     from serving.bundle import newest, open_bundle
+    from serving.config import ServerConfig
 
-    parse(TrainConfig, argparse.Namespace(device=options.device))  # the same form of device as everywhere
+    parse(ServerConfig, argparse.Namespace(device=options.device))  # as the server takes it
     bundle = open_bundle(newest(options.bundle))
     manifest = bundle.manifest
     from trainer import data, parity

@@ -73,4 +73,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not a {FORMAT} file")
-    return Checkpoint(**content)
+    try:
+        return Checkpoint(**content)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is an incomplete checkpoint: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import http.client
 import logging
 import os
 import shutil
@@ -36,6 +37,17 @@ TEST_LABELS = "t10k-labels-idx1-ubyte"
 DATA_DIR_VARIABLE = "PARITYSERVE_DATA_DIR"
 DOWNLOAD_TIMEOUT_S = 30
 COMMAND_TIMEOUT_S = 300
+
+# What a source that is down, odd or cut off raises: the next one is then tried.
+_SOURCE_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    tarfile.TarError,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+)
 
 Progress = Callable[[str, int, int], None]  # what, bytes so far, bytes in all (0: unknown)
 _Files = Generator[tuple[str, bytes], None, None]
@@ -152,7 +164,7 @@ def obtain(dataset: Dataset, data_dir: Path, progress: Progress | None = None) -
         ) as error:  # a file is there and is not the data set's: worth a word even if another source works
             logger.warning("%s", error)
             tried.append(f"  {error}")
-        except (OSError, EOFError, zlib.error, tarfile.TarError, subprocess.SubprocessError) as error:
+        except _SOURCE_ERRORS as error:
             tried.append(f"  {source}: {_reason(error)}")
         else:
             return source

@@ -167,7 +167,7 @@ def _manifest(checkpoint: Checkpoint, network: Cnn, folder: Path) -> Manifest:
 def _with_parity(manifest: Manifest, report: parity.Report) -> Manifest:
     """The manifest with the figures of each file's worst batch size."""
     files = dict(manifest.files)
-    for name in {row.file for row in report.rows}:
+    for name in {row.file for row in report.rows} & set(files):
         rows = [row for row in report.rows if row.file == name]
         worst = max(rows, key=lambda row: row.comparison.max_abs).comparison
         figures = ParityFigures(

@@ -7,6 +7,7 @@ stand in `serving/parity.py`, which the server's load gate uses too.
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,15 +17,16 @@ import numpy.typing as npt
 import torch
 
 from serving.backends import Backend, open_backend
-from serving.bundle import GOLDEN, Bundle
+from serving.bundle import GOLDEN, MANIFEST, Bundle
 from serving.errors import BundleError
 from serving.parity import Comparison, compare, compare_outputs, tolerance
 from trainer.data import Split
 from trainer.models import HEIGHT, NETWORKS, WIDTH, Cnn
-from trainer.train import predict
+from trainer.train import EVALUATION_BATCH, predict
 
 NOISE_IMAGES = 16
 NOISE_SEED = 0
+ACCURACY_IMAGES = 2  # a tie may fall otherwise on the device that measured the accuracy
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ def reference(bundle: Bundle) -> Cnn:
     if bundle.manifest.network not in NETWORKS:
         raise BundleError(f"{bundle.path}: network {bundle.manifest.network!r} is not known here")
     network = NETWORKS[bundle.manifest.network]()
-    network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    try:
+        network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise BundleError(f"{bundle.path}: not the weights of network {bundle.manifest.network}: {error}") from error
     return network.eval()
 
 
@@ -110,7 +115,7 @@ def check(
     images = np.concatenate([test.images.numpy(), extremes()])
     labels = test.labels.numpy()
     want = predict(network, torch.from_numpy(images)).numpy()
-    rows = [_golden_row(bundle, network)]
+    rows = [_golden_row(bundle, network), _accuracy_row(bundle, want[: len(labels)], labels)]
     for file, entry in bundle.manifest.files.items():
         if entry.backend is None or entry.backend == "eager" or entry.precision is None:
             continue
@@ -134,6 +139,19 @@ def _golden_row(bundle: Bundle, network: Cnn) -> Row:
     again = predict(network, torch.from_numpy(image)).numpy()
     comparison = compare(again, logits, tolerance("fp32", "cpu"))
     return Row(GOLDEN, "eager", "torch", "cpu", len(image), comparison)
+
+
+def _accuracy_row(bundle: Bundle, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Row:
+    """Whether the accuracy that the manifest claims is that of the weights beside it, on as many images."""
+    claimed = bundle.manifest.test_accuracy
+    measured = float((logits.argmax(1) == labels).mean())
+    failures = []
+    if claimed.n != len(labels):
+        failures.append(f"the manifest's accuracy is of {claimed.n} images, the test set has {len(labels)}")
+    elif abs(measured - claimed.value) * claimed.n > ACCURACY_IMAGES + 0.5:
+        failures.append(f"the manifest claims an accuracy of {claimed.value:.4%}, its weights have {measured:.4%}")
+    comparison = Comparison(len(labels), 0.0, 0.0, 1.0, measured, 0, tuple(failures))
+    return Row(MANIFEST, "eager", "torch", "cpu", EVALUATION_BATCH, comparison)
 
 
 def _answers(

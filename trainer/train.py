@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,7 +65,10 @@ def select_device(spec: str) -> tuple[torch.device, str]:
 
 
 def set_deterministic() -> None:
-    """Have torch use, in the whole process, algorithms that give the same bits for the same seed and machine."""
+    """Have torch use, in the whole process, fp32 without TF32, and algorithms that give the same bits every time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # missing in the stubs
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
@@ -97,11 +102,14 @@ def fit(
         network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type != "mps"
     )
     steps = -(-len(train) // config.batch_size)
+    warm_up = config.warm_up
+    if math.isclose(warm_up * steps * config.epochs, 1):  # torch's schedule divides by how far this is from 1
+        warm_up *= 1 - 1e-6
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
         max_lr=config.learning_rate,
         total_steps=steps * config.epochs,
-        pct_start=config.warm_up,
+        pct_start=warm_up,
         anneal_strategy="linear",
         cycle_momentum=False,
     )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from serving.backends import cuda
 from serving.bundle import Bundle
@@ -49,6 +52,10 @@ _DATATYPES = {
 }
 
 
+# What ONNX Runtime raises when a node cannot take its input: an index out of range, shapes that do not fit.
+_REFUSALS = (_state.Fail, _state.InvalidArgument, _state.RuntimeException)
+
+
 class OnnxBackend:
     """An ONNX Runtime session behind the `Backend` protocol."""
 
@@ -67,7 +74,12 @@ class OnnxBackend:
         given = dict(inputs)
         for name in self._texts:
             given[name] = _as_text(name, given[name])
-        return dict(zip(self._output_names, self._session.run(self._output_names, given), strict=True))
+        try:
+            return dict(zip(self._output_names, self._session.run(self._output_names, given), strict=True))
+        except _REFUSALS as error:
+            if self.device != "cpu":  # there, the device may be at fault
+                raise
+            raise InvalidArgument(f"the model cannot run with these inputs: {error}") from error
 
 
 def _as_text(name: str, elements: Array) -> Array:
@@ -88,6 +100,9 @@ def open_model(bundle: Bundle, device: str, threads: int) -> OnnxBackend:
     backend = OnnxBackend(session)
     if (backend.inputs, backend.outputs) != (bundle.manifest.inputs, bundle.manifest.outputs):
         raise BundleError(f"{bundle.path}: the ONNX file's signature is not the manifest's")
+    labels = session.get_modelmeta().custom_metadata_map.get("labels")
+    if labels is None or tuple(json.loads(labels)) != bundle.manifest.labels:
+        raise BundleError(f"{bundle.path}: the ONNX file's labels are {labels}, not the manifest's")
     return backend
 
 
@@ -112,23 +127,34 @@ def open_session(model: bytes, device: str, threads: int = 1) -> ort.InferenceSe
         DeviceError: CUDA was asked for and does not run; the text has the cause.
         BundleError: ONNX Runtime refuses the model.
     """
-    options = session_options(device, threads)
     if device == "cpu":
-        return _create(model, options, [CPU])
-    index = int(device.partition(":")[2])
-    problem = cuda.device_problem(index) or _provider_problem("cuda")
+        return _create(model, session_options(device, threads), [CPU])
+    _prove_cuda(device)
+    return _create_on_cuda(model, device, threads)
+
+
+@functools.cache  # once a device
+def _prove_cuda(device: str) -> None:
+    """Run a convolution on `cuda:N`: from then on, a model that does not open is itself at fault.
+
+    Raises:
+        DeviceError: it does not run there; the text has the cause.
+    """
+    problem = cuda.device_problem(int(device.partition(":")[2])) or _provider_problem("cuda")
     if problem:
         raise DeviceError(problem)
     try:
-        session = ort.InferenceSession(
-            model, options, providers=[(CUDA, {"device_id": str(index), **CUDA_OPTIONS})], enable_fallback=0
-        )
-        session.disable_fallback()  # or run() would rebuild the session on the CPU after a CUDA failure
-        # A missing cuDNN shows only when a convolution runs.
-        session.run(None, {node.name: np.zeros(_smallest(node), _spec(node).dtype) for node in session.get_inputs()})
-        provider, ran_on = _read_back(session)
+        session = _create_on_cuda(PROBE_MODEL, device, threads=1)
+        session.run(None, {"x": np.ones((2, 1, 4, 4), np.float32)})  # a missing cuDNN shows only now
     except Exception as error:  # ONNX Runtime's exceptions share no root but this
         raise DeviceError(f"ONNX Runtime does not run on {device}: {error}") from error
+
+
+def _create_on_cuda(model: bytes, device: str, threads: int) -> ort.InferenceSession:
+    options = {"device_id": device.partition(":")[2], **CUDA_OPTIONS}
+    session = _create(model, session_options(device, threads), [(CUDA, options)])
+    session.disable_fallback()  # or run() would rebuild the session on the CPU after a CUDA failure
+    provider, ran_on = _read_back(session)
     if (provider, ran_on) != (CUDA, device):
         raise DeviceError(f"ONNX Runtime was asked for {device} and runs on {ran_on} with {provider}")
     return session
@@ -193,12 +219,7 @@ def _spec(node: Any) -> TensorSpec:
     return TensorSpec(name=node.name, datatype=_DATATYPES[node.type], shape=shape)
 
 
-def _smallest(node: Any) -> list[int]:
-    """The smallest shape of an input, two where the axis is dynamic: one would hide a frozen batch axis."""
-    return [axis if isinstance(axis, int) else 2 for axis in node.shape]
-
-
-# A convolution of one 3x3 kernel of ones over [n,1,4,4], opset 20, IR 10: `tests/test_doctor.py` builds it again.
+# A convolution of one 3x3 kernel of ones over [n,1,4,4], opset 20, IR 10: `tests/test_devices.py` builds it again.
 PROBE_MODEL = bytes.fromhex(
     "080a3a89010a0f0a01780a01771201792204436f6e76120570726f62652a330801080108030803100122240000803f000080"
     "3f0000803f0000803f0000803f0000803f0000803f0000803f0000803f4201775a1c0a017812170a15080112110a0312016e"

@@ -20,8 +20,6 @@ from serving.bundle import Bundle
 from serving.errors import BundleError, DeviceError
 from serving.tensors import Array, TensorSpec
 
-WARM_UP_RUNS = 3  # the profiling executor optimises during the second run
-
 
 class TorchScriptBackend:
     """A TorchScript module behind the `Backend` protocol."""
@@ -43,9 +41,18 @@ class TorchScriptBackend:
         example = {
             spec.name: np.zeros([a if isinstance(a, int) else 2 for a in spec.shape], spec.dtype) for spec in inputs
         }
-        for _ in range(WARM_UP_RUNS):
+        try:
             answers = self._forward(example)
-        self.device = str(answers[0].device)  # read back, not the one asked for
+        except RuntimeError as error:
+            raise BundleError(f"the TorchScript file does not run: {error}") from error
+        self.device = str(answers[0].device)  # read back
+        if self.device != str(device):
+            raise DeviceError(f"the TorchScript file was opened on {device} and answers on {self.device}")
+        for spec, answer in zip(outputs, answers, strict=False):
+            if answer.cpu().numpy().dtype != spec.dtype or not spec.accepts(tuple(answer.shape)):
+                raise BundleError(f"the TorchScript file's {spec.name} is {answer.dtype} {list(answer.shape)}")
+        if len(answers) != len(outputs):
+            raise BundleError(f"the TorchScript file has {len(answers)} outputs, the manifest {len(outputs)}")
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As `Backend.run`."""
@@ -62,13 +69,13 @@ class TorchScriptBackend:
 def open_model(bundle: Bundle, device: str, threads: int) -> TorchScriptBackend:
     """Open a bundle's TorchScript file on `cpu` or `cuda:N`; see `serving.backends.open_backend`."""
     probe(device)
-    torch.set_num_threads(threads)  # of the whole process: torch knows no other
     data = bundle.read(bundle.manifest.file_for("torchscript"))
     try:
         with _deprecated():
             module = torch.jit.load(io.BytesIO(data), map_location=device)
     except RuntimeError as error:
         raise BundleError(f"torch cannot open the TorchScript file: {error}") from error
+    torch.set_num_threads(threads)  # of the whole process: torch knows no other
     return TorchScriptBackend(module, torch.device(device), bundle.manifest.inputs, bundle.manifest.outputs)
 
 

@@ -18,6 +18,9 @@ from google.protobuf.message import DecodeError, Message
 
 from serving import errors
 from serving.errors import InvalidArgument
+from serving.repository import Repository, ServedModel
+from serving.scheduler import Closed
+from serving.statistics import Stages
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request")
@@ -64,20 +67,53 @@ async def in_order(
     async def read() -> None:
         try:
             async for request in requests:
-                await running.put(asyncio.create_task(answer(request)))
+                task = asyncio.create_task(answer(request))
+                try:
+                    await running.put(task)
+                except asyncio.CancelledError:
+                    task.cancel()
+                    raise
         finally:
             await running.put(None)
 
     reader = asyncio.create_task(read())
     try:
-        while (task := await running.get()) is not None:
-            yield await task
+        while (first := await running.get()) is not None:
+            yield await first
         await reader
     finally:  # the client may have gone: nobody waits for the rest
         reader.cancel()
         while not running.empty():
-            if (task := running.get_nowait()) is not None:
-                task.cancel()
+            if (left := running.get_nowait()) is not None:
+                left.cancel()
+
+
+async def ask(
+    repository: Repository,
+    name: str,
+    version: str,
+    question: Callable[[ServedModel], Awaitable[tuple[Answer, Stages]]],
+) -> Answer:
+    """Put a question to a model, and count it; when the model is replaced meanwhile, put it to its successor.
+
+    Args:
+        repository: where the model is.
+        name: the model's.
+        version: a number, or empty for the newest.
+        question: gives the answer, and when the request went through the model's stages.
+    """
+    while True:
+        served = repository.get(name, version)
+        start_ns = time.monotonic_ns()
+        try:
+            answer, stages = await question(served)
+        except BaseException as error:
+            if isinstance(error, Closed) and repository.get(name, version) is not served:
+                continue
+            served.statistics.failed(start_ns)
+            raise
+        served.statistics.succeeded(start_ns, stages)
+        return answer
 
 
 def _serialize(message: Message) -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import functools
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,13 @@ from protos import classifier_pb2 as pb
 from serving import errors, images
 from serving.bundle import Manifest
 from serving.config import ServerConfig
-from serving.errors import InvalidArgument
+from serving.errors import InvalidArgument, QueueFull
 from serving.repository import Repository, ServedModel, State, Status
-from serving.services import Context, deadline, in_order
+from serving.services import Context, ask, deadline, in_order
+from serving.statistics import Stages
 from serving.tensors import Array, TensorSpec, shape_text
+
+DECODERS = 2  # threads that decode pictures; each may need 4 bytes for every pixel of --max-image-pixels
 
 _STATES = {
     State.LOADING: pb.Model.STATE_LOADING,
@@ -31,6 +35,12 @@ class ClassifierService:
     def __init__(self, repository: Repository, config: ServerConfig) -> None:
         self._repository = repository
         self._config = config
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+        self._decoding = 0  # requests whose pictures wait or are decoded
+
+    def close(self) -> None:
+        """Let the pictures that are being decoded finish, and forget those that wait."""
+        self._decoders.shutdown(cancel_futures=True)
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify one batch."""
@@ -56,19 +66,14 @@ class ClassifierService:
             return pb.PredictStreamResponse(error=pb.Error(id=request.id, code=code.value[0], message=details))
 
     async def _predict(self, request: pb.PredictRequest, until: float | None) -> pb.PredictResponse:
-        start_ns = time.monotonic_ns()
-        served = self._repository.get(request.model or self._repository.only_model(), request.version)
-        try:
+        async def question(served: ServedModel) -> tuple[pb.PredictResponse, Stages]:
             manifest = _classifier(served)
             top_k = _top_k(request.top_k, len(manifest.labels))
             batch = await self._images(request, manifest.inputs[0])
             answer = await served.scheduler.infer({manifest.inputs[0].name: batch}, until)
-            response = _response(request.id, served, manifest, answer.outputs["probabilities"], top_k)
-        except BaseException:
-            served.statistics.failed(start_ns)
-            raise
-        served.statistics.succeeded(start_ns, answer.stages)
-        return response
+            return _response(request.id, served, manifest, answer.outputs["probabilities"], top_k), answer.stages
+
+        return await ask(self._repository, request.model or self._repository.only_model(), request.version, question)
 
     async def _images(self, request: pb.PredictRequest, spec: TensorSpec) -> npt.NDArray[np.uint8]:
         """The request's images as the model's input tensor."""
@@ -80,7 +85,14 @@ class ClassifierService:
             case "encoded":
                 encoded = request.encoded
                 self._check_batch(len(encoded.images))
-                return await asyncio.to_thread(self._decode, list(encoded.images), encoded.polarity, spec)
+                if self._decoding >= self._config.max_queue:
+                    raise QueueFull(f"{self._decoding} requests with pictures wait already, the queue holds no more")
+                self._decoding += 1
+                try:
+                    decode = functools.partial(self._decode, list(encoded.images), encoded.polarity, spec)
+                    return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
+                finally:
+                    self._decoding -= 1
         raise InvalidArgument("input: got none, want raw or encoded images")
 
     def _check_batch(self, size: int) -> None:
@@ -96,11 +108,14 @@ class ClassifierService:
             raise InvalidArgument(f"encoded.polarity: got {polarity}, want 0, 1 or 2") from error
         height, width = (axis for axis in spec.shape[-2:] if isinstance(axis, int))
         decoded = []
+        left = self._config.max_image_pixels
         for index, data in enumerate(encoded):
             try:
-                decoded.append(images.decode(data, height, width, wanted, self._config.max_image_pixels))
+                pixels, size = images.decode(data, height, width, wanted, left)
             except InvalidArgument as error:
                 raise InvalidArgument(f"encoded.images[{index}]: {error}") from error
+            decoded.append(pixels)
+            left -= size
         return np.stack(decoded)
 
 

@@ -11,8 +11,8 @@ from serving import __version__, errors, wire
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 from serving.repository import Repository, ServedModel, State
-from serving.services import Context, deadline, in_order
-from serving.statistics import Duration
+from serving.services import Context, ask, deadline, in_order
+from serving.statistics import Duration, Stages
 from serving.tensors import TensorSpec
 
 # https://github.com/triton-inference-server/server/tree/main/docs/protocol: the extensions' names.
@@ -100,22 +100,17 @@ class OpenInferenceService:
             yield response
 
     async def _infer(self, request: pb.ModelInferRequest, until: float | None) -> pb.ModelInferResponse:
-        start_ns = time.monotonic_ns()
-        served = self._repository.get(request.model_name, request.model_version)
-        try:
+        async def question(served: ServedModel) -> tuple[pb.ModelInferResponse, Stages]:
             backend = served.backend
             inputs = wire.decode_inputs(request, backend.inputs, served.max_batch_size)
             wanted = wire.requested_outputs(request, backend.outputs)
             answer = await served.scheduler.infer(inputs, _with_timeout(request, until))
             response = pb.ModelInferResponse(model_name=served.name, model_version=served.version, id=request.id)
-            wire.encode_outputs(
-                response, wanted, answer.outputs, backend.outputs, _labels(served), served.max_batch_size
-            )
-        except BaseException:
-            served.statistics.failed(start_ns)
-            raise
-        served.statistics.succeeded(start_ns, answer.stages)
-        return response
+            labels = _labels(served)
+            wire.encode_outputs(response, wanted, answer.outputs, backend.outputs, labels, served.max_batch_size)
+            return response, answer.stages
+
+        return await ask(self._repository, request.model_name, request.model_version, question)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
         """What a model has done since it was loaded; of every one when none is named."""
@@ -145,8 +140,7 @@ class OpenInferenceService:
         self._check_control(request.repository_name, request.model_name)
         if request.parameters:
             raise Unimplemented(f"load parameters are not supported: {', '.join(sorted(request.parameters))}")
-        await asyncio.to_thread(self._repository.load, request.model_name)
-        await self._changed()
+        await asyncio.shield(self._control(self._repository.load, request.model_name))
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
@@ -154,9 +148,15 @@ class OpenInferenceService:
     ) -> pb.RepositoryModelUnloadResponse:
         """Take a model out of service once the requests that wait for it are answered."""
         self._check_control(request.repository_name, request.model_name)
-        await asyncio.to_thread(self._repository.unload, request.model_name)
-        await self._changed()
+        await asyncio.shield(self._control(self._repository.unload, request.model_name))
         return pb.RepositoryModelUnloadResponse()
+
+    async def _control(self, change: Callable[[str], None], model_name: str) -> None:
+        """Load or unload, and have it reported, whatever came of it and whether or not the caller still waits."""
+        try:
+            await asyncio.to_thread(change, model_name)
+        finally:
+            await self._changed()
 
     def _check_control(self, repository_name: str, model_name: str) -> None:
         _check_repository(repository_name)
