@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -164,6 +165,20 @@ def test_signals_stop_the_server_cleanly(repository, sample, number):
         assert process.wait(10) == 0
     assert "stopped" in log
     assert "Traceback" not in log
+
+
+def test_the_readmes_commands_for_tritons_client_run(repository):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Use it with Triton's client")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    serve, check = (shlex.split(line, comments=True) for line in block.splitlines())
+    assert serve[:4] == ["python", "-m", "serving", "serve"]
+    words = [str(repository) if word == "exported" else word for word in serve[4:]]
+    with serving(*words, "--model", MODEL) as (_, address):
+        assert check[:4] == ["python", "-m", "serving", "conformance"]
+        done = command("serving", "conformance", *(address if word == "127.0.0.1:8001" else word for word in check[4:]))
+    assert done.returncode == 0, done.stdout
+    assert " 0 violations" in done.stdout
 
 
 NO_TORCH = """
