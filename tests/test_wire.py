@@ -265,8 +265,15 @@ def test_inputs_come_in_any_order_with_their_own_data() -> None:
 
 
 def test_without_a_batch_axis_the_rows_may_differ() -> None:
-    decoded = wire.decode_inputs(raw_request(X=images(1), Y=pairs(99)), [IMAGE, PAIR], 0)
+    other = PAIR.model_copy(update={"shape": ("pairs", 2)})
+    decoded = wire.decode_inputs(raw_request(X=images(1), Y=pairs(99)), [IMAGE, other], 0)
     assert (len(decoded["X"]), len(decoded["Y"])) == (1, 99)
+
+
+def test_axes_of_one_name_have_one_length() -> None:
+    """As ONNX has it: https://onnx.ai/onnx/repo-docs/IR.html#tensor-shapes."""
+    with pytest.raises(InvalidArgument, match="Axis batch is 99, but 1 in input 'X'"):
+        wire.decode_inputs(raw_request(X=images(1), Y=pairs(99)), [IMAGE, PAIR], 0)
 
 
 def test_a_request_of_tritons_client_decodes() -> None:
