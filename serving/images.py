@@ -83,9 +83,14 @@ def _reduced(picture: Image.Image, height: int, width: int) -> Image.Image:
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(picture, in_place=True)
     factor = min(picture.width // (4 * width), picture.height // (4 * height))
-    if factor <= 1 or picture.mode in ("1", "P", "PA"):  # of those, neighbours have no mean
+    if factor <= 1:
         return picture
-    return (picture.convert("I") if picture.mode.startswith("I;") else picture).reduce(factor)
+    # The mean of neighbours, which palette entries and single bits do not have.
+    if picture.mode in ("P", "PA"):
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    elif picture.mode == "1" or picture.mode.startswith("I;"):
+        picture = picture.convert("L" if picture.mode == "1" else "I")
+    return picture.reduce(factor)
 
 
 def _greyscale(picture: Image.Image) -> Image.Image:

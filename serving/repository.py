@@ -70,7 +70,7 @@ class Repository:
     def scan(self) -> None:
         """Find the newest version of every model asked for, and note it as LOADING.
 
-        With `model_control` explicit only the models named are asked for; they may be none.
+        With `model_control` explicit only the models named are asked for; they, and the repository's, may be none.
 
         Raises:
             BundleError: there is no repository, it has no model, or not one that was asked for.
@@ -78,12 +78,12 @@ class Repository:
         root = self._config.repository
         found = bundles.models(root)
         missing = sorted(set(self._config.models) - set(found))
-        if missing or not found:
+        explicit = self._config.model_control == "explicit"
+        if missing or not (found or explicit):
             what = f"no model {', '.join(missing)}" if missing else "no model"
             have = f"; it has {', '.join(found)}" if found else "; make train puts one into exported/"
             raise BundleError(f"{root}: {what}{have}")
-        everything = () if self._config.model_control == "explicit" else found
-        self._wanted = set(self._config.models or everything)
+        self._wanted = set(self._config.models or (() if explicit else found))
         for name in sorted(self._wanted):
             self._statuses[name] = Status(name, str(bundles.versions(root / name)[-1]), State.LOADING)
 

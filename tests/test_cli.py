@@ -260,7 +260,7 @@ def test_ctrl_c_stops_training_cleanly(data_dir, tmp_path):
     for line in process.stdout:
         if line.startswith("network:"):  # from here on it trains
             break
-    time.sleep(2)
+    time.sleep(2)  # into the first epoch, which takes longer than that
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -78,7 +78,8 @@ def test_every_kind_of_pixel(mode):
     deep = Image.fromarray(drawn_digit().astype(np.uint16) * 257)
     picture = deep if mode == "I;16" else digit.convert(mode)
     got = decoded(encoded(picture, "JPEG", quality=100) if mode == "CMYK" else encoded(picture))
-    assert np.abs(got[0].astype(int) - drawn_digit()).mean() <= 2
+    difference = np.abs(got[0].astype(int) - drawn_digit())
+    assert difference.max() <= (8 if mode == "CMYK" else 0)  # JPEG, the one format with CMYK, loses a little
 
 
 def test_transparency_is_paper():
@@ -139,7 +140,7 @@ def test_a_large_picture_of_every_depth_is_reduced_first():
     assert np.corrcoef(plain.ravel(), drawn_digit().ravel())[0, 1] > 0.98
     for picture in (large.convert("RGBA"), large.convert("P"), large.convert("1"), deep):
         got = decoded(encoded(picture), limit=10_000_000)[0].astype(int)
-        assert np.abs(got - plain).mean() < 1
+        assert np.abs(got - plain).max() <= 2
     assert decode(encoded(large), 28, 28, Polarity.AUTO, 10_000_000)[1] == 2800 * 2800
 
 

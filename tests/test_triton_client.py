@@ -277,6 +277,18 @@ def test_models_are_loaded_and_unloaded(client, images):
     assert [model.name for model in client.get_model_repository_index().models if model.name == "broken"]
 
 
+def test_a_server_may_start_with_nothing_to_serve(repository, tmp_path):
+    with (
+        running(tmp_path, model_control="explicit") as server,
+        tritonclient.grpc.InferenceServerClient(server.address) as client,
+    ):
+        assert client.is_server_ready()
+        assert not client.get_model_repository_index().models
+        (tmp_path / MODEL).symlink_to(repository / MODEL)
+        client.load_model(MODEL)
+        assert client.is_model_ready(MODEL)
+
+
 def test_a_failed_load_leaves_what_is_served(tampered, images):
     with (
         running(tampered, model_control="explicit", models=(MODEL,)) as server,

@@ -20,7 +20,7 @@ from serving.services import Context, ask, deadline, in_order
 from serving.statistics import Stages
 from serving.tensors import Array, TensorSpec, shape_text
 
-DECODERS = 2  # threads that decode pictures; each may need 4 bytes for every pixel of --max-image-pixels
+DECODERS = 2  # threads that decode pictures; each needs a few bytes for every pixel of --max-image-pixels
 
 _STATES = {
     State.LOADING: pb.Model.STATE_LOADING,
@@ -58,9 +58,9 @@ class ClassifierService:
         """Every model, ready or not."""
         return pb.ListModelsResponse(models=[_describe(status) for status in self._repository.statuses()])
 
-    async def _predict_or_error(self, request: pb.PredictRequest, deadline: float | None) -> pb.PredictStreamResponse:
+    async def _predict_or_error(self, request: pb.PredictRequest, until: float | None) -> pb.PredictStreamResponse:
         try:
-            return pb.PredictStreamResponse(response=await self._predict(request, deadline))
+            return pb.PredictStreamResponse(response=await self._predict(request, until))
         except Exception as error:
             code, details = errors.to_status(error)
             return pb.PredictStreamResponse(error=pb.Error(id=request.id, code=code.value[0], message=details))
