@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 the server, a model or the machine is at fault; 2 the comm
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import sys
 from pathlib import Path
@@ -90,7 +89,7 @@ def _serve(options: argparse.Namespace) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     config = parse(ServerConfig, options)
-    asyncio.run(serve(config))
+    serve(config)
     return 0
 
 

@@ -38,6 +38,11 @@ class ServerConfig(BaseSettings):
     threads: int = Field(1, ge=1, le=256, description="threads that the model may use for one run on the CPU")
     max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
     max_queue: int = Field(1024, ge=1, description="most requests that wait or run for one model")
+    max_queue_bytes: int = Field(256 << 20, ge=1, description="most bytes of the inputs that wait or run for one model")
+    max_queue_delay_us: int = Field(
+        0, ge=0, le=10_000_000, description="microseconds that a batch may wait for more requests; 0 for none"
+    )
+    instances: int = Field(1, ge=1, le=64, description="threads that run a model at once, each with --threads")
     max_message_bytes: int = Field(
         MAX_MESSAGE_BYTES, ge=1 << 12, le=(1 << 31) - 1, description="largest request accepted"
     )

@@ -16,7 +16,7 @@ from serving.bundle import Bundle, Manifest
 from serving.config import ServerConfig
 from serving.errors import BundleError, DeviceError, GoldenMismatch, InvalidArgument, NotFound, Unavailable
 from serving.parity import Comparison, compare_outputs, tolerance
-from serving.scheduler import Scheduler
+from serving.scheduler import Limits, Scheduler
 from serving.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,13 @@ class Repository:
             manifest, golden = bundle.manifest, golden_check(bundle, backend)
         max_batch_size = config.max_batch_size if _has_batch_axis(backend) else 0
         statistics = Statistics()
-        scheduler = Scheduler(name, backend.run, statistics, max_batch_size, config.max_queue)
+        scheduler = Scheduler(
+            name,
+            backend.run,
+            statistics,
+            Limits(max_batch_size, config.max_queue, config.max_queue_bytes, config.max_queue_delay_us),
+            config.instances,
+        )
         return ServedModel(name, version, backend, scheduler, statistics, max_batch_size, manifest, golden)
 
     def statuses(self) -> list[Status]:

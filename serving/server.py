@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -19,6 +20,11 @@ from serving.repository import Repository, State
 from serving.services import handler
 from serving.services.classifier import ClassifierService
 from serving.services.open_inference import OpenInferenceService
+
+if sys.platform == "win32":
+    from asyncio import new_event_loop
+else:
+    from uvloop import new_event_loop
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +121,17 @@ def _reflected() -> DescriptorPool:
     return pool
 
 
-async def serve(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; on the fastest event loop that there is.
 
     Raises:
         StartupError, DeviceError, BundleError: the server cannot start.
     """
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve(config))
+
+
+async def _serve(config: ServerConfig) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     if sys.platform != "win32":  # there, Ctrl-C raises KeyboardInterrupt
@@ -135,6 +146,7 @@ async def serve(config: ServerConfig) -> None:
         await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             await loading  # raises what the load raised
+            gc.freeze()  # what is there by now stays: the collector need not look through it again and again
             logger.info(
                 "%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address
             )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import Literal
+
+DropReason = Literal["queue_full", "queue_bytes", "expired", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Statistics:
     compute_input: Duration = field(default_factory=Duration)  # decoding, and assembling the batch
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)  # splitting the batch, and encoding
+    drops: Counter[str] = field(default_factory=Counter)  # by reason
     batches: defaultdict[int, BatchStatistics] = field(default_factory=lambda: defaultdict(BatchStatistics))
 
     def executed(self, rows: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
@@ -77,6 +81,10 @@ class Statistics:
         self.compute_input.add(stages.queued_ns - start_ns + stages.assembled_ns - stages.taken_ns)
         self.compute_infer.add(stages.computed_ns - stages.assembled_ns)
         self.compute_output.add(end_ns - stages.computed_ns)
+
+    def dropped(self, reason: DropReason) -> None:
+        """Count a request that the model was not run for."""
+        self.drops[reason] += 1
 
     def failed(self, start_ns: int) -> None:
         """Count a request that began to be decoded at `start_ns` and was refused."""

@@ -16,7 +16,7 @@ from serving.bundle import Manifest
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, QueueFull
 from serving.repository import Repository, ServedModel, State, Status
-from serving.services import Context, ask, deadline, in_order
+from serving.services import Context, Pending, ask, deadline, in_order
 from serving.statistics import Stages
 from serving.tensors import Array, TensorSpec, shape_text
 
@@ -51,21 +51,25 @@ class ClassifierService:
     ) -> AsyncIterator[pb.PredictStreamResponse]:
         """Classify many batches: concurrently, answered in order, an error in its request's place."""
         until = deadline(context)
-        async for response in in_order(requests, lambda request: self._predict_or_error(request, until)):
+
+        def begin(request: pb.PredictRequest) -> Pending[pb.PredictStreamResponse]:
+            return asyncio.create_task(self._predict_or_error(request, until))
+
+        async for response in in_order(requests, begin):
             yield response
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """Every model, ready or not."""
         return pb.ListModelsResponse(models=[_describe(status) for status in self._repository.statuses()])
 
-    async def _predict_or_error(self, request: pb.PredictRequest, until: float | None) -> pb.PredictStreamResponse:
+    async def _predict_or_error(self, request: pb.PredictRequest, until: float) -> pb.PredictStreamResponse:
         try:
             return pb.PredictStreamResponse(response=await self._predict(request, until))
         except Exception as error:
             code, details = errors.to_status(error)
             return pb.PredictStreamResponse(error=pb.Error(id=request.id, code=code.value[0], message=details))
 
-    async def _predict(self, request: pb.PredictRequest, until: float | None) -> pb.PredictResponse:
+    async def _predict(self, request: pb.PredictRequest, until: float) -> pb.PredictResponse:
         async def question(served: ServedModel) -> tuple[pb.PredictResponse, Stages]:
             manifest = _classifier(served)
             top_k = _top_k(request.top_k, len(manifest.labels))

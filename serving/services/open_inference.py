@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from protos import open_inference as pb
-from serving import __version__, errors, wire
+from serving import __version__, wire
 from serving.config import ServerConfig
-from serving.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
+from serving.errors import InvalidArgument, NotFound, RequestError, Unavailable, Unimplemented
 from serving.repository import Repository, ServedModel, State
-from serving.services import Context, ask, deadline, in_order
+from serving.services import Context, Pending, ask, deadline, in_bytes, in_order, parser
+from serving.services.prepared import PreparedRequests, stream_error
 from serving.statistics import Duration, Stages
 from serving.tensors import TensorSpec
 
@@ -28,6 +30,8 @@ EXTENSIONS = (
 # What Triton calls a model that a backend of ours runs: (platform, backend).
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "torchscript": ("pytorch_libtorch", "pytorch")}
 
+_parse = parser(pb.ModelInferRequest)
+
 _NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled"  # Triton's text, for none too
 
 
@@ -39,6 +43,7 @@ class OpenInferenceService:
         self._repository = repository
         self._config = config
         self._changed = changed
+        self._prepared = PreparedRequests(repository)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         """True: who answers is alive."""
@@ -76,30 +81,36 @@ class OpenInferenceService:
         """A model's configuration, as Triton's clients read it."""
         return pb.ModelConfigResponse(config=_config(self._repository.get(request.name, request.version)))
 
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+    @in_bytes
+    async def ModelInfer(self, data: bytes, context: Context) -> bytes:
         """Run a model."""
-        return await self._infer(request, deadline(context))
+        until = deadline(context)
+        if (running := self._prepared.submit(data, until)) is not None:
+            return await running
+        return (await self._infer(data, _parse(data), until)).SerializeToString()
 
-    async def ModelStreamInfer(
-        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
-    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+    @in_bytes
+    async def ModelStreamInfer(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Run models for many requests at once; an error does not end the stream."""
         until = deadline(context)
 
-        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
-            try:
-                return pb.ModelStreamInferResponse(infer_response=await self._infer(request, until))
-            except Exception as error:
-                _, details = errors.to_status(error)
-                whose = pb.ModelInferResponse(
-                    id=request.id, model_name=request.model_name, model_version=request.model_version
-                )
-                return pb.ModelStreamInferResponse(error_message=details, infer_response=whose)
+        def begin(data: bytes) -> Pending[bytes]:
+            with contextlib.suppress(RequestError):  # it will be refused again, with its id
+                if (running := self._prepared.submit(data, until)) is not None:
+                    return running.in_stream()
+            return asyncio.create_task(self._infer_in_stream(data, _parse(data), until))
 
-        async for response in in_order(requests, answer):
+        async for response in in_order(requests, begin):
             yield response
 
-    async def _infer(self, request: pb.ModelInferRequest, until: float | None) -> pb.ModelInferResponse:
+    async def _infer_in_stream(self, data: bytes, request: pb.ModelInferRequest, until: float) -> bytes:
+        try:
+            response = pb.ModelStreamInferResponse(infer_response=await self._infer(data, request, until))
+        except Exception as error:
+            response = stream_error(request, error)
+        return response.SerializeToString()
+
+    async def _infer(self, data: bytes, request: pb.ModelInferRequest, until: float) -> pb.ModelInferResponse:
         async def question(served: ServedModel) -> tuple[pb.ModelInferResponse, Stages]:
             backend = served.backend
             inputs = wire.decode_inputs(request, backend.inputs, served.max_batch_size)
@@ -108,6 +119,7 @@ class OpenInferenceService:
             response = pb.ModelInferResponse(model_name=served.name, model_version=served.version, id=request.id)
             labels = _labels(served)
             wire.encode_outputs(response, wanted, answer.outputs, backend.outputs, labels, served.max_batch_size)
+            self._prepared.learn(data, request, served, wanted, response)
             return response, answer.stages
 
         return await ask(self._repository, request.model_name, request.model_version, question)
@@ -214,7 +226,7 @@ class OpenInferenceService:
         raise Unimplemented("log settings are not supported")
 
 
-def _with_timeout(request: pb.ModelInferRequest, until: float | None) -> float | None:
+def _with_timeout(request: pb.ModelInferRequest, until: float) -> float:
     """The earlier of the call's deadline and the request's own `timeout` parameter, microseconds."""
     if "timeout" not in request.parameters:
         return until
@@ -223,8 +235,7 @@ def _with_timeout(request: pb.ModelInferRequest, until: float | None) -> float |
         raise InvalidArgument(f"invalid value for 'timeout' parameter, expected microseconds >= 0, got {timeout!r}")
     if timeout == 0:  # as Triton has it: none
         return until
-    own = time.monotonic() + timeout / 1e6
-    return own if until is None else min(own, until)
+    return min(time.monotonic_ns() + 1e3 * timeout, until)
 
 
 def _check_repository(name: str) -> None:
