@@ -13,6 +13,7 @@ import onnx
 import pytest
 from conftest import MODEL, edit_manifest, rehash, running
 from google.protobuf import descriptor_pool, message_factory
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
@@ -312,9 +313,22 @@ def test_a_full_queue_refuses_at_once(held):
         assert backend.started.wait(10)
         with pytest.raises(QueueFull, match="model fashion-mnist: 1 requests wait already"):
             client.predict(GREY)
+        request = pb.PredictRequest(raw=pb.RawImages(pixels=bytes(784)))
+        with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as refused:
+            classifier_pb2_grpc.ClassifierStub(channel).Predict(request, timeout=10)
+        assert _retry_s(refused.value) > 0
         backend.released.set()
         assert len(first.result().predictions) == 2
         assert len(client.predict(GREY).predictions) == 2
+
+
+def _retry_s(refused):
+    """When to try again, seconds, from the details that a status carries."""
+    status = status_pb2.Status.FromString(dict(refused.trailing_metadata())["grpc-status-details-bin"])
+    assert (status.code, status.message) == (refused.code().value[0], refused.details())
+    info = error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    return info.retry_delay.ToTimedelta().total_seconds()
 
 
 def test_a_stopping_server_finishes_what_runs_and_refuses_the_rest(held):

@@ -15,10 +15,12 @@ from typing import Any, Protocol, TypeVar
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
 
 from serving import errors
-from serving.errors import InvalidArgument
+from serving.errors import InvalidArgument, QueueFull
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
 from serving.statistics import Stages
@@ -29,6 +31,8 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 Given = TypeVar("Given", covariant=True)
 
+# Where grpc_status.rpc_status, in every language, looks for what a status has to tell.
+GRPC_DETAILS_METADATA_KEY = "grpc-status-details-bin"
 STREAM_IN_FLIGHT = 64  # requests of one stream that run at once; a client that sends more waits
 
 
@@ -178,4 +182,14 @@ def _stream(answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], 
 async def _abort(context: Context, error: Exception) -> None:
     """End an RPC with the status of `error`: the only place that does so."""
     code, details = errors.to_status(error)
-    await context.abort(code, details)
+    trailing = _retry_info(code, details, error.retry_s) if isinstance(error, QueueFull) else ()
+    await context.abort(code, details, trailing)
+
+
+def _retry_info(code: grpc.StatusCode, details: str, retry_s: float) -> tuple[tuple[str, bytes], ...]:
+    """The trailing metadata that tells a client when to try again: google.rpc.RetryInfo, which clients know."""
+    delay = Duration()
+    delay.FromNanoseconds(round(1e9 * retry_s))
+    status = status_pb2.Status(code=code.value[0], message=details)
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return ((GRPC_DETAILS_METADATA_KEY, status.SerializeToString()),)
