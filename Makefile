@@ -7,7 +7,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 CHECKPOINT := runs/$(DATASET).pt
 
-.PHONY: help setup demo test test-gpu lint protos train serve clean
+.PHONY: help setup demo test test-gpu lint protos docs train serve clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,9 @@ protos: setup  ## the Python code, types and descriptors of protos/*.proto
 train: setup  ## train and export one version (DATASET=mnist)
 	$(PYTHON) -m trainer train --dataset $(DATASET) --checkpoint $(CHECKPOINT)
 	$(PYTHON) -m trainer export --checkpoint $(CHECKPOINT)
+
+docs: setup  ## the table of options in docs/training.md
+	$(PYTHON) -m trainer.reference docs/training.md
 
 serve: setup  ## serve exported/ (PORT=8001)
 	$(PYTHON) -m serving serve --port $(PORT)

@@ -23,14 +23,15 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
     for name, field in model.model_fields.items():
         if names is not None and name not in names:
             continue
-        default = field.get_default()  # None where it is made from other fields, and the description tells
+        # Where the default is made from other fields, the description tells.
+        default = None if field.default_factory else field.default
         help_text = f"{field.description} (default: {default})" if default is not None else field.description
         arguments: dict[str, Any] = {"help": (help_text or "").replace("%", "%%"), "default": argparse.SUPPRESS}
         kind = kind_of(model, name)
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
-            arguments["choices"] = get_args(kind)
+            arguments |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         elif _repeated(kind):
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}
         else:
