@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from serving import sources
 from serving.client import DEFAULT_TARGET, Client, ModelInfo, PredictResult
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, ParityserveError
 from serving.images import Polarity
-from serving.options import add_options, parse
+from serving.options import add_options, given
+
+logger = logging.getLogger("serving")  # __name__ is __main__ here
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +45,15 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="serve the newest version of every model in a repository")
+    serve.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help=f"TOML file with settings; flags and PARITYSERVE_* come before it (default: ${sources.CONFIG_VARIABLE})",
+    )
+    serve.add_argument(
+        "--show-config", action="store_true", help="print every setting with its value and source, and do not serve"
+    )
     add_options(serve, ServerConfig)
     serve.set_defaults(command=_serve)
 
@@ -82,13 +95,15 @@ def _add_server(command: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    config, origins = sources.load(given(ServerConfig, options), os.environ, options.config)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for warning in sources.unknown_variables(os.environ):
+        logger.warning("%s", warning)
+    if options.show_config:
+        print(sources.show(config, origins))  # noqa: T201
+        return 0
     from serving.server import serve  # the other commands need no ONNX Runtime
 
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    config = parse(ServerConfig, options)
     serve(config)
     return 0
 

@@ -1,12 +1,11 @@
-"""Every setting of the server once: name, default, bounds, help. Flags come before `PARITYSERVE_*` variables."""
+"""Every setting of the server once: name, default, bounds, help. `serving.sources` says where values come from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 DEFAULT_PORT = 8001
 MAX_MESSAGE_BYTES = 64 << 20
@@ -15,10 +14,10 @@ BackendName = Literal["onnx", "torchscript"]
 DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
-class ServerConfig(BaseSettings):
+class ServerConfig(BaseModel):
     """What `python -m serving serve` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix="PARITYSERVE_", frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     repository: Path = Field(Path("exported"), description="folder with <model>/<version>/ bundles")
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
