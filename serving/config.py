@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from serving.credentials import is_loopback
 
 DEFAULT_PORT = 8001
 MAX_MESSAGE_BYTES = 64 << 20
@@ -23,6 +25,17 @@ class ServerConfig(BaseModel):
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    tls_cert: Path | None = Field(None, description="PEM file: the server's certificate, then its issuers'; TLS only")
+    tls_key: Path | None = Field(None, description="PEM file: the certificate's key, unencrypted")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file: who vouches for clients, each of which must then have a certificate (mutual TLS)"
+    )
+    token_file: Path | None = Field(
+        None, description="file with bearer tokens, one a line; each call but health checks must have one of them"
+    )
+    allow_plaintext_token: bool = Field(
+        False, description="take tokens without TLS on other addresses than loopback, where something else encrypts"
+    )
     model_control: Literal["none", "explicit"] = Field(
         "none", description="none: what is there at the start; explicit: clients load and unload models"
     )
@@ -53,3 +66,17 @@ class ServerConfig(BaseModel):
     drain_s: float = Field(
         10.0, ge=0, description="seconds that running requests get to finish when the server is stopped"
     )
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        """What depends on several settings."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: only one of them is given")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("--tls-client-ca needs TLS: give --tls-cert and --tls-key too")
+        if self.token_file and not (self.tls_cert or self.allow_plaintext_token or is_loopback(self.host)):
+            raise ValueError(
+                f"--token-file: anyone on the way to --host {self.host} could read the tokens; give --tls-cert and "
+                "--tls-key, or --allow-plaintext-token where something else encrypts"
+            )
+        return self

@@ -17,6 +17,7 @@ from protos import classifier_pb2, open_inference
 from serving.config import ServerConfig
 from serving.errors import StartupError
 from serving.repository import Repository, State
+from serving.security import TokenGuard, tls
 from serving.services import handler
 from serving.services.classifier import ClassifierService
 from serving.services.open_inference import OpenInferenceService
@@ -39,15 +40,23 @@ class Server:
     """A gRPC server over a repository. Listens from `start` on, and is READY when `load` has returned."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Read the certificates and tokens.
+
+        Raises:
+            StartupError: a file of them is wrong.
+        """
         self._config = config
         self.repository = Repository(config)
         self._health = health.aio.HealthServicer()
+        self._tls = tls(config)
+        self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._server = grpc.aio.server(
+            interceptors=[self._guard] if self._guard else None,
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
-            ]
+            ],
         )
         self._classifier = ClassifierService(self.repository, config)
         open_inference_service = OpenInferenceService(self.repository, config, self._report)
@@ -71,12 +80,15 @@ class Server:
         """
         self.repository.scan()
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        address = f"{host}:{self._config.port}"
         try:
-            port = self._server.add_insecure_port(f"{host}:{self._config.port}")
+            if self._tls:
+                port = self._server.add_secure_port(address, self._tls.credentials)
+            else:
+                port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise StartupError(
-                f"cannot listen on {host}:{self._config.port}: in use, or not this machine's address; "
-                "choose another with --port"
+                f"cannot listen on {address}: in use, or not this machine's address; choose another with --port"
             ) from error
         await self._report()
         await self._server.start()
@@ -103,6 +115,17 @@ class Server:
             await self._health.set(service, SERVING if ready else NOT_SERVING)
         for status in self.repository.statuses():
             await self._health.set(status.name, SERVING if status.state is State.READY else NOT_SERVING)
+
+    def reload(self) -> None:
+        """Read the certificates and tokens again; those that are wrong now stay as they were."""
+        for source in (self._tls, self._guard):
+            if source:
+                source.files.reload()
+
+    def security(self) -> str:
+        """How calls are protected, for the log."""
+        transport = "plain text" if self._tls is None else "mutual TLS" if self._config.tls_client_ca else "TLS"
+        return f"{transport}, {'tokens' if self._guard else 'no tokens'}"
 
     async def stop(self) -> None:
         """Report NOT_SERVING, let running requests finish for at most `drain_s` seconds, then close the models."""
@@ -138,9 +161,11 @@ async def _serve(config: ServerConfig) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
     server = Server(config)
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, server.reload)
     try:
         address = await server.start()
-        logger.info("listening on %s, loading models from %s", address, config.repository)
+        logger.info("listening on %s (%s), loading models from %s", address, server.security(), config.repository)
         loading = asyncio.create_task(server.load())
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)

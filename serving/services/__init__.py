@@ -159,7 +159,7 @@ def _unary(answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any])
         try:
             return await answer(parse(data), context)
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     return call
 
@@ -170,12 +170,12 @@ def _stream(answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], 
             async for response in answer((parse(data) async for data in requests), context):
                 yield response
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     return call
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def abort(context: Context, error: Exception) -> None:
     """End an RPC with the status of `error`: the only place that does so."""
     code, details = errors.to_status(error)
     await context.abort(code, details)
