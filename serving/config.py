@@ -63,8 +63,14 @@ class ServerConfig(BaseModel):
         ge=1,
         description="most pixels, width x height, that a request's pictures may have together; checked before decoding",
     )
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="seconds that a server which is stopped answers on, and only reports that it is not ready, so that "
+        "load balancers take it out",
+    )
     drain_s: float = Field(
-        10.0, ge=0, description="seconds that running requests get to finish when the server is stopped"
+        10.0, ge=0, description="seconds that running requests then get to finish, once no new ones are taken"
     )
 
     @model_validator(mode="after")

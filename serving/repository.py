@@ -65,6 +65,7 @@ class Repository:
         self._config = config
         self._statuses: dict[str, Status] = {}
         self._wanted: set[str] = set()  # from the start on; a client's failed load does not make the server unready
+        self._retired = False
         self._loading = threading.Lock()  # held to change what is served; ONNX Runtime's sessions need it too
 
     def scan(self) -> None:
@@ -196,8 +197,14 @@ class Repository:
         known = {name: Status(name, "", State.UNAVAILABLE) for name in bundles.models(self._config.repository)}
         return [status for _, status in sorted({**known, **self._statuses}.items())]
 
+    def retire(self) -> None:
+        """Report not being ready from now on, and go on answering."""
+        self._retired = True
+
     def ready(self) -> bool:
         """Whether every version that should be served is READY."""
+        if self._retired:
+            return False
         wanted = [self._statuses[name] for name in self._wanted]
         return all(status.state is State.READY or status.reason == UNLOADED for status in wanted)
 

@@ -16,7 +16,7 @@ import grpc
 from serving.config import ServerConfig
 from serving.credentials import read_tokens
 from serving.errors import StartupError, Unauthenticated
-from serving.services import Context, abort
+from serving.services.gate import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -163,11 +163,7 @@ class TokenGuard(grpc.aio.ServerInterceptor):
         problem = self._problem(details)
         if problem is None or details.method.startswith(OPEN):
             return await continuation(details)
-
-        async def refuse(_: object, context: Context) -> None:
-            await abort(context, Unauthenticated(problem))
-
-        return grpc.stream_stream_rpc_method_handler(refuse)  # which answers calls of every kind
+        return refusal(Unauthenticated(problem))
 
     def _problem(self, details: grpc.HandlerCallDetails) -> str | None:
         for key, value in details.invocation_metadata:

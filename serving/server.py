@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -10,7 +11,7 @@ import sys
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import classifier_pb2, open_inference
@@ -20,6 +21,8 @@ from serving.repository import Repository, State
 from serving.security import TokenGuard, tls
 from serving.services import handler
 from serving.services.classifier import ClassifierService
+from serving.services.gate import Gate
+from serving.services.health import HealthService
 from serving.services.open_inference import OpenInferenceService
 
 if sys.platform == "win32":
@@ -30,10 +33,13 @@ else:
 logger = logging.getLogger(__name__)
 
 _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
-SERVICES = (_CLASSIFIER.full_name, open_inference.SERVICE)
+_PROTOCOL = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+SERVICES = (_CLASSIFIER.full_name, _PROTOCOL.full_name)
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# A server that stops refuses calls until none came for so long, in so many rounds at most: see `serving.services.gate`.
+_QUIET_S = 0.05
+_ROUNDS = 20
 
 
 class Server:
@@ -47,7 +53,8 @@ class Server:
         """
         self._config = config
         self.repository = Repository(config)
-        self._health = health.aio.HealthServicer()
+        self._health = HealthService()
+        self._gate = Gate()
         self._tls = tls(config)
         self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._server = grpc.aio.server(
@@ -62,13 +69,14 @@ class Server:
         open_inference_service = OpenInferenceService(self.repository, config, self._report)
         self._server.add_generic_rpc_handlers(
             (
-                handler(self._classifier, _CLASSIFIER),
-                handler(open_inference_service, open_inference.POOL.FindServiceByName(open_inference.SERVICE)),
+                handler(self._health, _HEALTH, self._gate),  # which goes on being answered when the gate is closed
+                self._gate,
+                handler(self._classifier, _CLASSIFIER, self._gate),
+                handler(open_inference_service, _PROTOCOL, self._gate),
             )
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, _reflected()
+            (*SERVICES, _HEALTH.full_name, reflection.SERVICE_NAME), self._server, _reflected()
         )
 
     async def start(self) -> str:
@@ -112,9 +120,9 @@ class Server:
         """Tell the health service: "" and the services are SERVING when every model is, each model under its name."""
         ready = self.repository.ready()
         for service in ("", *SERVICES):
-            await self._health.set(service, SERVING if ready else NOT_SERVING)
+            self._health.set(service, ready)
         for status in self.repository.statuses():
-            await self._health.set(status.name, SERVING if status.state is State.READY else NOT_SERVING)
+            self._health.set(status.name, status.state is State.READY)
 
     def reload(self) -> None:
         """Read the certificates and tokens again; those that are wrong now stay as they were."""
@@ -127,25 +135,52 @@ class Server:
         transport = "plain text" if self._tls is None else "mutual TLS" if self._config.tls_client_ca else "TLS"
         return f"{transport}, {'tokens' if self._guard else 'no tokens'}"
 
-    async def stop(self) -> None:
-        """Report NOT_SERVING, let running requests finish for at most `drain_s` seconds, then close the models."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(self._config.drain_s)
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
+        """Report that the server is not ready, answer on for `drain_delay_s`, let what runs finish, close the models.
+
+        What is not finished `drain_s` seconds after new calls are refused, or when `hurry` is set, is cancelled.
+        A second time, nothing is left to do.
+        """
+        if self._gate.closed:
+            return
+        hurry = hurry or asyncio.Event()
+        self.repository.retire()
+        self._health.stop()
+        await _pause(self._config.drain_delay_s, hurry)
+        self._gate.close()
+        for _ in range(_ROUNDS):
+            refused = self._gate.refused
+            await _pause(_QUIET_S, hurry)
+            if self._gate.refused == refused:
+                break
+        self._health.close()
+        finishing = asyncio.create_task(self._server.stop(self._config.drain_s))
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait({finishing, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not finishing.done():
+            await self._server.stop(None)
+        await finishing
         await asyncio.to_thread(self._classifier.close)
         await asyncio.to_thread(self.repository.close)
+
+
+async def _pause(seconds: float, hurry: asyncio.Event) -> None:
+    """Wait, but not when in a hurry."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(hurry.wait(), seconds)
 
 
 def _reflected() -> DescriptorPool:
     """Everything that reflection tells of, in one pool: the protocol's own messages are in none of the others'."""
     pool = DescriptorPool()
-    protocol = open_inference.POOL.FindServiceByName(open_inference.SERVICE).file
-    for file in (classifier_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR, protocol):
+    for file in (classifier_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR, _PROTOCOL.file):
         pool.AddSerializedFile(file.serialized_pb)
     return pool
 
 
 def serve(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; on the fastest event loop that there is.
+    """Serve until SIGTERM or SIGINT, then drain, until a second one; on the fastest event loop that there is.
 
     Raises:
         StartupError, DeviceError, BundleError: the server cannot start.
@@ -155,11 +190,11 @@ def serve(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig) -> None:
-    stopping = asyncio.Event()
+    stopping, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     if sys.platform != "win32":  # there, Ctrl-C raises KeyboardInterrupt
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
+            loop.add_signal_handler(number, lambda: (hurry if stopping.is_set() else stopping).set())
     server = Server(config)
     if hasattr(signal, "SIGHUP"):
         loop.add_signal_handler(signal.SIGHUP, server.reload)
@@ -176,7 +211,13 @@ async def _serve(config: ServerConfig) -> None:
                 "%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address
             )
         await stop
-        logger.info("stopping: running requests may finish for %g s", config.drain_s)
+        logger.info(
+            "stopping: answering on for %g s, then running requests may finish for %g s; a second signal ends it",
+            *(config.drain_delay_s, config.drain_s),
+        )
+    except BaseException:
+        hurry.set()  # nobody is served
+        raise
     finally:
-        await server.stop()
+        await server.stop(hurry)
     logger.info("stopped")

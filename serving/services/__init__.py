@@ -18,9 +18,10 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from serving import errors
-from serving.errors import InvalidArgument
+from serving.errors import InvalidArgument, Unavailable
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
+from serving.services.gate import STOPPING, Gate
 from serving.statistics import Stages
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -38,8 +39,8 @@ def in_bytes(method: Method) -> Method:
     return method
 
 
-def handler(servicer: object, service: ServiceDescriptor) -> grpc.GenericRpcHandler:
-    """The RPCs of a service, answered by the methods of the same names.
+def handler(servicer: object, service: ServiceDescriptor, gate: Gate) -> grpc.GenericRpcHandler:
+    """The RPCs of a service, answered by the methods of the same names; `gate` ends their streams.
 
     Messages are parsed here and not by gRPC, which would answer INTERNAL to one that cannot be parsed.
     """
@@ -51,7 +52,7 @@ def handler(servicer: object, service: ServiceDescriptor) -> grpc.GenericRpcHand
         serialize = None if raw else _serialize
         if method.server_streaming:
             methods[method.name] = grpc.stream_stream_rpc_method_handler(
-                _stream(answer, parsed), response_serializer=serialize
+                _stream(answer, parsed, gate), response_serializer=serialize
             )
         else:
             methods[method.name] = grpc.unary_unary_rpc_method_handler(
@@ -159,23 +160,26 @@ def _unary(answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any])
         try:
             return await answer(parse(data), context)
         except Exception as error:
-            await abort(context, error)
+            await _abort(context, error)
 
     return call
 
 
-def _stream(answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
-    async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+def _stream(answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], Any], gate: Gate) -> Callable[..., Any]:
+    async def call(source: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in answer((parse(data) async for data in requests), context):
-                yield response
+            with gate.requests(source, parse) as requests:
+                async for response in answer(requests, context):
+                    yield response
+                if requests.is_cut:
+                    raise Unavailable(STOPPING)
         except Exception as error:
-            await abort(context, error)
+            await _abort(context, error)
 
     return call
 
 
-async def abort(context: Context, error: Exception) -> None:
+async def _abort(context: Context, error: Exception) -> None:
     """End an RPC with the status of `error`: the only place that does so."""
     code, details = errors.to_status(error)
     await context.abort(code, details)
