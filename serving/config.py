@@ -24,6 +24,10 @@ class ServerConfig(BaseSettings):
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 for any free one; none if not given"
+    )
+    metrics_host: str | None = Field(None, description="address for the metrics; that of --host if not given")
     model_control: Literal["none", "explicit"] = Field(
         "none", description="none: what is there at the start; explicit: clients load and unload models"
     )

@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -20,6 +21,11 @@ from serving.repository import Repository, State
 from serving.services import handler
 from serving.services.classifier import ClassifierService
 from serving.services.open_inference import OpenInferenceService
+from serving.snapshot import Snapshot, collect
+from serving.statistics import Rpcs
+
+if TYPE_CHECKING:
+    from serving.metrics import Endpoint
 
 if sys.platform == "win32":
     from asyncio import new_event_loop
@@ -41,6 +47,9 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self.repository = Repository(config)
+        self._rpcs = Rpcs()
+        self._stopping = False
+        self._metrics: Endpoint | None = None
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=[
@@ -49,12 +58,13 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
             ]
         )
-        self._classifier = ClassifierService(self.repository, config)
-        open_inference_service = OpenInferenceService(self.repository, config, self._report)
+        self._classifier = ClassifierService(self.repository, config, self._rpcs)
+        open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._report)
+        protocol = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
         self._server.add_generic_rpc_handlers(
             (
-                handler(self._classifier, _CLASSIFIER),
-                handler(open_inference_service, open_inference.POOL.FindServiceByName(open_inference.SERVICE)),
+                handler(self._classifier, _CLASSIFIER, self._rpcs),
+                handler(open_inference_service, protocol, self._rpcs),
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -78,9 +88,24 @@ class Server:
                 f"cannot listen on {host}:{self._config.port}: in use, or not this machine's address; "
                 "choose another with --port"
             ) from error
+        self._serve_metrics()
         await self._report()
         await self._server.start()
         return f"{host}:{port}"
+
+    def _serve_metrics(self) -> None:
+        if self._config.metrics_port is None:
+            return
+        from serving.metrics import Endpoint  # a server without it saves the time and memory of the libraries
+
+        self._metrics = Endpoint(
+            self._config.metrics_host or self._config.host, self._config.metrics_port, self.snapshot
+        )
+        logger.info("metrics on http://%s/metrics", self._metrics.address)
+
+    def snapshot(self) -> Snapshot:
+        """The server as it stands, for its metrics; from any thread."""
+        return collect(self.repository, self._rpcs, ready=self.repository.ready() and not self._stopping)
 
     async def load(self) -> None:
         """Load every model and report what became READY.
@@ -106,10 +131,13 @@ class Server:
 
     async def stop(self) -> None:
         """Report NOT_SERVING, let running requests finish for at most `drain_s` seconds, then close the models."""
+        self._stopping = True
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
         await asyncio.to_thread(self._classifier.close)
         await asyncio.to_thread(self.repository.close)
+        if self._metrics:
+            await asyncio.to_thread(self._metrics.close)
 
 
 def _reflected() -> DescriptorPool:

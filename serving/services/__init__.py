@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf import message_factory
@@ -23,7 +23,7 @@ from serving import errors
 from serving.errors import InvalidArgument, QueueFull
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
-from serving.statistics import Stages
+from serving.statistics import Rpcs, Stages
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -42,8 +42,8 @@ def in_bytes(method: Method) -> Method:
     return method
 
 
-def handler(servicer: object, service: ServiceDescriptor) -> grpc.GenericRpcHandler:
-    """The RPCs of a service, answered by the methods of the same names.
+def handler(servicer: object, service: ServiceDescriptor, rpcs: Rpcs) -> grpc.GenericRpcHandler:
+    """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`.
 
     Messages are parsed here and not by gRPC, which would answer INTERNAL to one that cannot be parsed.
     """
@@ -53,13 +53,14 @@ def handler(servicer: object, service: ServiceDescriptor) -> grpc.GenericRpcHand
         raw = hasattr(answer, "in_bytes")
         parsed = bytes if raw else parser(message_factory.GetMessageClass(method.input_type))
         serialize = None if raw else _serialize
+        count = _counter(rpcs, f"{service.full_name}/{method.name}")
         if method.server_streaming:
             methods[method.name] = grpc.stream_stream_rpc_method_handler(
-                _stream(answer, parsed), response_serializer=serialize
+                _stream(answer, parsed, count), response_serializer=serialize
             )
         else:
             methods[method.name] = grpc.unary_unary_rpc_method_handler(
-                _unary(answer, parsed), response_serializer=serialize
+                _unary(answer, parsed, count), response_serializer=serialize
             )
     return grpc.method_handlers_generic_handler(service.full_name, methods)
 
@@ -158,32 +159,56 @@ def parser(message: type[Message]) -> Callable[[bytes], Any]:
     return parse
 
 
-def _unary(answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Awaitable[Any]]:
+def _counter(rpcs: Rpcs, method: str) -> Callable[[str], None]:
+    """Counts an RPC of a method that ended with the status code named."""
+
+    def count(code: str) -> None:
+        rpcs.ended[method, code] += 1
+
+    return count
+
+
+def _unary(
+    answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any], count: Callable[[str], None]
+) -> Callable[..., Awaitable[Any]]:
     async def call(data: bytes, context: Context) -> Any:
         try:
-            return await answer(parse(data), context)
+            response = await answer(parse(data), context)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, count)
+        except BaseException:  # the caller has gone
+            count("CANCELLED")
+            raise
+        count("OK")
+        return response
 
     return call
 
 
-def _stream(answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
+def _stream(
+    answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], Any], count: Callable[[str], None]
+) -> Callable[..., Any]:
     async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
             async for response in answer((parse(data) async for data in requests), context):
                 yield response
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, count)
+        except BaseException:  # the caller has gone
+            count("CANCELLED")
+            raise
+        count("OK")
 
     return call
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def _abort(context: Context, error: Exception, count: Callable[[str], None]) -> NoReturn:
     """End an RPC with the status of `error`: the only place that does so."""
     code, details = errors.to_status(error)
+    count(code.name)
     trailing = _retry_info(code, details, error.retry_s) if isinstance(error, QueueFull) else ()
     await context.abort(code, details, trailing)
+    raise AssertionError("abort raises")
 
 
 def _retry_info(code: grpc.StatusCode, details: str, retry_s: float) -> tuple[tuple[str, bytes], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -14,7 +13,7 @@ from serving.errors import InvalidArgument, NotFound, RequestError, Unavailable,
 from serving.repository import Repository, ServedModel, State
 from serving.services import Context, Pending, ask, deadline, in_bytes, in_order, parser
 from serving.services.prepared import PreparedRequests, stream_error
-from serving.statistics import Duration, Stages
+from serving.statistics import Duration, Rpcs, Stages
 from serving.tensors import TensorSpec
 
 # https://github.com/triton-inference-server/server/tree/main/docs/protocol: the extensions' names.
@@ -38,10 +37,13 @@ _NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled
 class OpenInferenceService:
     """The servicer; see `protos/open_inference.proto` for what each method promises."""
 
-    def __init__(self, repository: Repository, config: ServerConfig, changed: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, repository: Repository, config: ServerConfig, rpcs: Rpcs, changed: Callable[[], Awaitable[None]]
+    ) -> None:
         """`changed` is called after a model was loaded or unloaded."""
         self._repository = repository
         self._config = config
+        self._rpcs = rpcs
         self._changed = changed
         self._prepared = PreparedRequests(repository)
 
@@ -95,9 +97,13 @@ class OpenInferenceService:
         until = deadline(context)
 
         def begin(data: bytes) -> Pending[bytes]:
-            with contextlib.suppress(RequestError):  # it will be refused again, with its id
+            try:
                 if (running := self._prepared.submit(data, until)) is not None:
-                    return running.in_stream()
+                    return running.in_stream(self._rpcs)
+            except RequestError as error:
+                refused: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+                refused.set_result(stream_error(_parse(data), error, self._rpcs).SerializeToString())
+                return refused
             return asyncio.create_task(self._infer_in_stream(data, _parse(data), until))
 
         async for response in in_order(requests, begin):
@@ -107,7 +113,7 @@ class OpenInferenceService:
         try:
             response = pb.ModelStreamInferResponse(infer_response=await self._infer(data, request, until))
         except Exception as error:
-            response = stream_error(request, error)
+            response = stream_error(request, error, self._rpcs)
         return response.SerializeToString()
 
     async def _infer(self, data: bytes, request: pb.ModelInferRequest, until: float) -> pb.ModelInferResponse:
@@ -320,6 +326,7 @@ def _data_type(spec: TensorSpec) -> str:
 
 def _statistics(served: ServedModel) -> pb.ModelStatistics:
     counted = served.statistics
+    answered = counted.success.count
     return pb.ModelStatistics(
         name=served.name,
         version=served.version,
@@ -327,12 +334,12 @@ def _statistics(served: ServedModel) -> pb.ModelStatistics:
         inference_count=counted.inference_count,
         execution_count=counted.execution_count,
         inference_stats=pb.InferStatistics(
-            success=_duration(counted.success),
+            success=pb.StatisticDuration(count=answered, ns=counted.success.ns),
             fail=_duration(counted.fail),
-            queue=_duration(counted.queue),
-            compute_input=_duration(counted.compute_input),
-            compute_infer=_duration(counted.compute_infer),
-            compute_output=_duration(counted.compute_output),
+            queue=pb.StatisticDuration(count=answered, ns=counted.queue.ns),
+            compute_input=pb.StatisticDuration(count=answered, ns=counted.compute_input_ns),
+            compute_infer=pb.StatisticDuration(count=answered, ns=counted.compute_infer_ns),
+            compute_output=pb.StatisticDuration(count=answered, ns=counted.compute_output_ns),
         ),
         batch_stats=[
             pb.InferBatchStatistics(
@@ -341,7 +348,7 @@ def _statistics(served: ServedModel) -> pb.ModelStatistics:
                 compute_infer=_duration(batch.compute_infer),
                 compute_output=_duration(batch.compute_output),
             )
-            for rows, batch in sorted(counted.batches.copy().items())
+            for rows, batch in sorted(counted.batches.items())
         ],
     )
 
