@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_PORT = 8001
@@ -58,3 +58,10 @@ class ServerConfig(BaseSettings):
     drain_s: float = Field(
         10.0, ge=0, description="seconds that running requests get to finish when the server is stopped"
     )
+
+    @field_validator("metrics_host")
+    @classmethod
+    def _metrics_have_a_port(cls, host: str | None, info: ValidationInfo) -> str | None:
+        if host is not None and info.data.get("metrics_port", 0) is None:
+            raise ValueError("needs --metrics-port too")
+        return host

@@ -36,7 +36,7 @@ from serving.statistics import DROP_REASONS, DURATION_BOUNDS_NS, Statistics
 logger = logging.getLogger(__name__)
 
 BATCH_BOUNDS = tuple(2**power for power in range(11))  # rows
-MAX_REASON = 200  # characters of why a version may not be served
+MAX_REASON = 300  # characters of why a version may not be served
 
 _VERSION = ("model", "version")
 _RPC = ("method", "code")
@@ -134,7 +134,9 @@ def _requests(snapshot: Snapshot) -> Iterator[Metric]:
         "parityserve_requests", "Inference requests to a version that is served.", labels=(*_VERSION, "outcome")
     )
     dropped = CounterMetricFamily(
-        "parityserve_requests_dropped", "Failed requests that the model never ran for.", labels=(*_VERSION, "reason")
+        "parityserve_requests_dropped",
+        "Failed requests that were dropped before the model ran.",
+        labels=(*_VERSION, "reason"),
     )
     stages = CounterMetricFamily(
         "parityserve_request_stage_seconds", "Where the answered requests' time went.", labels=(*_VERSION, "stage")

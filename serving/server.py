@@ -103,6 +103,11 @@ class Server:
         )
         logger.info("metrics on http://%s/metrics", self._metrics.address)
 
+    @property
+    def metrics_address(self) -> str | None:
+        """Where the metrics are, `host:port` with the port that was bound; None where there are none."""
+        return self._metrics.address if self._metrics else None
+
     def snapshot(self) -> Snapshot:
         """The server as it stands, for its metrics; from any thread."""
         return collect(self.repository, self._rpcs, ready=self.repository.ready() and not self._stopping)
