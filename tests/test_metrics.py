@@ -275,7 +275,8 @@ def test_the_queue_and_what_is_dropped_from_it(held):
             assert await asyncio.to_thread(backend.started.wait, PATIENCE_S)
             calls += [infer(infer_request(2)), infer(infer_request(4, timeout=60_000_000)), infer(infer_request(3))]
             await asyncio.to_thread(until, lambda: scrape(metrics).one("parityserve_queue_depth") == 3)
-            assert scrape(metrics).one("parityserve_queue_bytes") == (2 + 4 + 3) * 784
+            assert scrape(metrics).one("parityserve_requests_running") == 1
+            assert scrape(metrics).one("parityserve_queue_bytes") == (1 + 2 + 4 + 3) * 784
             calls += [infer(infer_request(1, timeout=1000))]
             await asyncio.to_thread(until, arrived)
             while not await asyncio.to_thread(dropped, "queue_full"):
@@ -298,9 +299,37 @@ def test_the_queue_and_what_is_dropped_from_it(held):
     }
     assert got.one("parityserve_requests_total", outcome="success") == codes.count("OK")
     assert got.one("parityserve_requests_total", outcome="failure") == refusals + 2
-    assert got.one("parityserve_queue_depth") == got.one("parityserve_queue_bytes") == 0
+    for name in ("queue_depth", "requests_running", "queue_bytes"):
+        assert got.one(f"parityserve_{name}") == 0
     for code in ("OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED"):
         assert got.one("parityserve_rpcs_total", code=code) == codes.count(code)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_stream_counts_what_is_refused_and_what_its_caller_left_once(held, prepared):
+    """Of ten requests one runs, five wait, and four are refused; then the caller goes."""
+    server, backend = held
+    metrics = server.server.metrics_address
+    with grpc.insecure_channel(server.address) as channel:
+        if prepared:
+            backend.released.set()
+            channel.unary_unary(oip.RPCS["ModelInfer"].path)(infer_request(1))
+            backend.released.clear()
+        before = scrape(metrics).one("parityserve_requests_total", outcome="success")
+        call = channel.stream_stream(oip.RPCS["ModelStreamInfer"].path)(iter([infer_request(1)] * 10))
+        until(lambda: scrape(metrics).one("parityserve_requests_total", outcome="failure") == 4)
+        assert scrape(metrics).one("parityserve_requests_dropped_total", reason="queue_full") == 4
+        assert scrape(metrics).one("parityserve_stream_errors_total", code="RESOURCE_EXHAUSTED") == 4
+        call.cancel()
+        until(lambda: scrape(metrics).one("parityserve_requests_total", outcome="failure") == 10)
+        backend.released.set()
+        until(lambda: scrape(metrics).one("parityserve_requests_dropped_total", reason="cancelled") == 5)
+        until(lambda: scrape(metrics).one("parityserve_batch_size_count") == before + 1)
+    assert scrape(metrics).one("parityserve_requests_total", outcome="failure") == 10
+    assert scrape(metrics).one("parityserve_requests_total", outcome="success") == before
+    assert (
+        scrape(metrics).one("parityserve_rpcs_total", method=f"{oip.SERVICE}/ModelStreamInfer", code="CANCELLED") == 1
+    )
 
 
 def test_a_run_counts_though_nobody_waits_for_it_any_more(held):
@@ -461,26 +490,36 @@ def test_statistics_that_were_pickled_go_on_counting():
     assert statistics.execution_count == 201
 
 
-def test_several_threads_count_and_one_reads():
+def test_what_another_thread_reads_meanwhile_never_falls():
     statistics = Statistics()
-    threads = [
-        threading.Thread(target=lambda: [statistics.executed(row % 40 + 1, 1, 2, 3) for row in range(20_000)])
-        for _ in range(4)
-    ]
+
+    def count():
+        for number in range(30_000):
+            statistics.executed(number % 500 + 1, 1, 2, 3)
+            statistics.succeeded(0, Stages(1, 1, 2, 3, 4))
+            statistics.dropped(DROP_REASONS[number % 4])
+
+    counter = threading.Thread(target=count)
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            copy = merge([statistics])
-            assert copy.runs.count == copy.execution_count
+        counter.start()
+        before, reads = merge([statistics]), 0
+        while counter.is_alive():
+            after = merge([statistics])
+            for name in ("success", "queue", "runs"):
+                one, two = getattr(before, name), getattr(after, name)
+                assert two.ns >= one.ns
+                assert all(late >= early for early, late in zip(one.buckets, two.buckets, strict=True))
+            assert after.execution_count >= before.execution_count
+            assert after.compute_output_ns >= before.compute_output_ns
+            assert after.drops >= before.drops
+            before, reads = after, reads + 1
     finally:
         sys.setswitchinterval(switch)
-        for thread in threads:
-            thread.join()
-    assert statistics.runs.count == statistics.execution_count == 80_000
-    assert statistics.runs.ns == 80_000 * 6
+        counter.join()
+    assert reads > 3
+    assert statistics.runs.count == statistics.execution_count == statistics.success.count == 30_000
 
 
 # --- several processes
@@ -573,14 +612,20 @@ def test_what_is_not_ready_in_one_process_is_not_ready(workers):
 
 def test_processes_that_run_on_different_devices_are_both_shown(workers):
     key = Key(MODEL, "1")
-    gpu = Version(State.READY, "", frozenset({RunsOn("onnx", "CUDAExecutionProvider", "cuda:0", True)}), 1e-4, 2, 1568)
+    gpu = Version(
+        State.READY, "", frozenset({RunsOn("onnx", "CUDAExecutionProvider", "cuda:0", True)}), 1e-4, 2, 1, 2352
+    )
     got = scraped(combine([workers[0], replace(workers[1], versions={key: gpu})]))
     assert set(got.all("parityserve_model_info", model=MODEL, version="1", backend="onnx", verified="true")) == {
         ("cpu", "CPUExecutionProvider"),
         ("cuda:0", "CUDAExecutionProvider"),
     }
     assert got.one("parityserve_golden_max_abs") == 1e-4
-    assert (got.one("parityserve_queue_depth"), got.one("parityserve_queue_bytes")) == (2, 1568)
+    assert [got.one(f"parityserve_{name}") for name in ("queue_depth", "requests_running", "queue_bytes")] == [
+        2,
+        1,
+        2352,
+    ]
 
 
 # --- the documentation
