@@ -25,6 +25,7 @@ DECODERS = 2  # threads that decode pictures; each needs a few bytes for every p
 _STATES = {
     State.LOADING: pb.Model.STATE_LOADING,
     State.READY: pb.Model.STATE_READY,
+    State.UNLOADING: pb.Model.STATE_UNLOADING,
     State.UNAVAILABLE: pb.Model.STATE_UNAVAILABLE,
 }
 
@@ -59,7 +60,7 @@ class ClassifierService:
             yield response
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """Every model, ready or not."""
+        """Every version of every model, ready or not."""
         return pb.ListModelsResponse(models=[_describe(status) for status in self._repository.statuses()])
 
     async def _predict_or_error(self, request: pb.PredictRequest, until: float) -> pb.PredictStreamResponse:
@@ -164,8 +165,8 @@ def _response(
     ]
     return pb.PredictResponse(
         predictions=predictions,
-        model=manifest.model,
-        version=str(manifest.version),
+        model=served.name,
+        version=served.version,
         backend=backend.name,
         provider=backend.provider,
         device=backend.device,
