@@ -37,7 +37,7 @@ class Repository(Catalog):
         self._closed = False
         self._changing = threading.Lock()  # held to change what is served; ONNX Runtime's sessions need it too
         self._seen: Seen = {}  # at the last look at the folder
-        self._tried: dict[tuple[str, int], Files | None] = {}  # what was there when a version was last loaded
+        self._tried: dict[tuple[str, int], Files | None] = {}  # the files of a version that is served, or failed
         self._trouble = ""  # why the last look failed
 
     def scan(self) -> None:
@@ -211,6 +211,8 @@ class Repository(Catalog):
             keep = {max(served)}
         gone = {str(number) for number in served - keep}
         self._drain(name, gone)
+        for number in served - keep:
+            self._tried.pop((name, number), None)  # the policy may select it again
         left = [
             status
             for status in self._model(name).statuses.values()
