@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from serving.versions import VersionPolicy
 
 DEFAULT_PORT = 8001
 MAX_MESSAGE_BYTES = 64 << 20
 
 BackendName = Literal["onnx", "torchscript"]
 DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+def _policy(text: str) -> str:
+    VersionPolicy.parse(text)
+    return text
 
 
 class ServerConfig(BaseSettings):
@@ -28,9 +35,15 @@ class ServerConfig(BaseSettings):
         None, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 for any free one; none if not given"
     )
     metrics_host: str | None = Field(None, description="address for the metrics; that of --host if not given")
-    model_control: Literal["none", "explicit"] = Field(
-        "none", description="none: what is there at the start; explicit: clients load and unload models"
+    version_policy: Annotated[str, AfterValidator(_policy)] = Field(
+        "latest", description="which versions of a model to serve: latest, latest:N, all, or specific:N,N"
     )
+    model_control: Literal["none", "explicit", "poll"] = Field(
+        "none",
+        description="none: what is there at the start; explicit: clients load and unload models; "
+        "poll: what is there at any time",
+    )
+    poll_s: float = Field(5.0, gt=0, description="seconds between two looks at the repository, with poll")
     allow_unverified: bool = Field(
         False, description="serve plain <model>/<version>/model.onnx too, which no golden answers vouch for"
     )

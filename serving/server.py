@@ -50,6 +50,8 @@ class Server:
         self._rpcs = Rpcs()
         self._stopping = False
         self._metrics: Endpoint | None = None
+        self._polling: asyncio.Task[None] | None = None
+        self._reported: set[str] = set()  # the models that the health service was told of
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=[
@@ -125,18 +127,34 @@ class Server:
             reasons = "; ".join(f"{status.name} version {status.version}: {status.reason}" for status in statuses)
             raise StartupError(f"no model may be served: {reasons}")
         await self._report()
+        if self._config.model_control == "poll":
+            self._polling = asyncio.create_task(self._poll())
+
+    async def _poll(self) -> None:
+        """Keep what is served in step with the repository's folder."""
+        while True:
+            await asyncio.sleep(self._config.poll_s)
+            try:
+                if await asyncio.to_thread(self.repository.poll):
+                    await self._report()
+            except Exception:  # the next look may do better; without it nothing would ever be loaded again
+                logger.exception("unexpected error while looking for new versions")
 
     async def _report(self) -> None:
         """Tell the health service: "" and the services are SERVING when every model is, each model under its name."""
         ready = self.repository.ready()
         for service in ("", *SERVICES):
             await self._health.set(service, SERVING if ready else NOT_SERVING)
-        for status in self.repository.statuses():
-            await self._health.set(status.name, SERVING if status.state is State.READY else NOT_SERVING)
+        answering = self.repository.answering()
+        for name in {*answering, *self._reported}:
+            await self._health.set(name, SERVING if answering.get(name) else NOT_SERVING)
+        self._reported = set(answering)
 
     async def stop(self) -> None:
         """Report NOT_SERVING, let running requests finish for at most `drain_s` seconds, then close the models."""
         self._stopping = True
+        if self._polling:
+            self._polling.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
         await asyncio.to_thread(self._classifier.close)

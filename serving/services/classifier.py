@@ -27,6 +27,7 @@ _STREAM = f"{pb.DESCRIPTOR.services_by_name['Classifier'].full_name}/PredictStre
 _STATES = {
     State.LOADING: pb.Model.STATE_LOADING,
     State.READY: pb.Model.STATE_READY,
+    State.UNLOADING: pb.Model.STATE_UNLOADING,
     State.UNAVAILABLE: pb.Model.STATE_UNAVAILABLE,
 }
 
@@ -62,7 +63,7 @@ class ClassifierService:
             yield response
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """Every model, ready or not."""
+        """Every version of every model, ready or not."""
         return pb.ListModelsResponse(models=[_describe(status) for status in self._repository.statuses()])
 
     async def _predict_or_error(self, request: pb.PredictRequest, until: float) -> pb.PredictStreamResponse:
@@ -169,8 +170,8 @@ def _response(
     ]
     return pb.PredictResponse(
         predictions=predictions,
-        model=manifest.model,
-        version=str(manifest.version),
+        model=served.name,
+        version=served.version,
         backend=backend.name,
         provider=backend.provider,
         device=backend.device,

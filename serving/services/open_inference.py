@@ -15,6 +15,7 @@ from serving.services import Context, Pending, ask, deadline, in_bytes, in_order
 from serving.services.prepared import PreparedRequests, stream_error
 from serving.statistics import Duration, Rpcs, Stages
 from serving.tensors import TensorSpec
+from serving.versions import VersionPolicy
 
 # https://github.com/triton-inference-server/server/tree/main/docs/protocol: the extensions' names.
 EXTENSIONS = (
@@ -46,6 +47,7 @@ class OpenInferenceService:
         self._rpcs = rpcs
         self._changed = changed
         self._prepared = PreparedRequests(repository)
+        self._policy = _version_policy(VersionPolicy.parse(config.version_policy))
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         """True: who answers is alive."""
@@ -72,7 +74,7 @@ class OpenInferenceService:
         served = self._repository.get(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=served.name,
-            versions=[served.version],
+            versions=[version.version for version in self._repository.versions(served.name)],
             platform=_PLATFORMS[served.backend.name][0],
             inputs=[_tensor_metadata(spec) for spec in served.backend.inputs],
             outputs=[_tensor_metadata(spec) for spec in served.backend.outputs],
@@ -81,7 +83,8 @@ class OpenInferenceService:
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
         """A model's configuration, as Triton's clients read it."""
-        return pb.ModelConfigResponse(config=_config(self._repository.get(request.name, request.version)))
+        served = self._repository.get(request.name, request.version)
+        return pb.ModelConfigResponse(config=_config(served, self._policy))
 
     @in_bytes
     async def ModelInfer(self, data: bytes, context: Context) -> bytes:
@@ -131,17 +134,18 @@ class OpenInferenceService:
         return await ask(self._repository, request.model_name, request.model_version, question)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
-        """What a model has done since it was loaded; of every one when none is named."""
+        """What versions have done since they were loaded: one, all of a model, or all of every model."""
         if request.name:
-            models = [self._repository.get(request.name, request.version)]
+            models = self._repository.versions(request.name, request.version)
         else:
             models = [status.served for status in self._repository.statuses() if status.served]
         return pb.ModelStatisticsResponse(model_stats=[_statistics(served) for served in models])
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
-        """Every model in the repository, or only those that are ready."""
+        """Every version that is known and every other model in the repository, or only the versions that are ready."""
         _check_repository(request.repository_name)
-        index = [status for status in self._repository.index() if status.state is State.READY or not request.ready]
+        known = await asyncio.to_thread(self._repository.index)
+        index = [status for status in known if status.state is State.READY or not request.ready]
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(
@@ -154,7 +158,7 @@ class OpenInferenceService:
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        """Load the newest version of a model."""
+        """Load the versions of a model that the policy selects."""
         self._check_control(request.repository_name, request.model_name)
         if request.parameters:
             raise Unimplemented(f"load parameters are not supported: {', '.join(sorted(request.parameters))}")
@@ -274,7 +278,17 @@ def _labels(served: ServedModel) -> dict[str, tuple[str, ...]]:
     return {spec.name: labels for spec in served.backend.outputs if spec.shape[1:] == (len(labels),)}
 
 
-def _config(served: ServedModel) -> pb.ModelConfig:
+def _version_policy(policy: VersionPolicy) -> pb.ModelVersionPolicy:
+    match policy.kind:
+        case "latest":
+            return pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=policy.numbers[0]))
+        case "specific":
+            return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=policy.numbers))
+        case "all":
+            return pb.ModelVersionPolicy(all=pb.ModelVersionPolicy.All())
+
+
+def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfig:
     platform, backend = _PLATFORMS[served.backend.name]
     labels = _labels(served)
     skipped = 1 if served.max_batch_size else 0  # the batch axis is not among a configuration's dims
@@ -284,7 +298,7 @@ def _config(served: ServedModel) -> pb.ModelConfig:
         platform=platform,
         backend=backend,
         max_batch_size=served.max_batch_size,
-        version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
+        version_policy=policy,
         input=[
             pb.ModelInput(
                 name=spec.name,
