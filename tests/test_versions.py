@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from serving.client import Client
 from serving.config import ServerConfig
 from serving.errors import NotFound, StartupError, Unavailable
 from serving.loading import MAX_BUCKET, warm
+from serving.metrics import render
 from serving.repository import Repository, State
 from serving.tensors import TensorSpec
 from serving.versions import VersionPolicy
@@ -227,6 +229,9 @@ def test_a_bad_version_under_load_never_serves_and_is_told_of(root, source, bund
         (failed,) = (status for status in server.server.repository.statuses() if status.version == "2")
         assert (failed.state, failed.served) == (State.UNAVAILABLE, None)
         assert reason in failed.reason
+        metrics = render(server.server.snapshot())[0].decode()
+        assert re.search(rf'^parityserve_model_load_failed{{model="{MODEL}",reason=".*",version="2"}} 1', metrics, re.M)
+        assert f'parityserve_model_ready{{model="{MODEL}",version="1"}} 1' in metrics
         # Once: what did not change is not tried again.
         logged = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert [record.args[:2] for record in logged] == [(MODEL, "2")]
