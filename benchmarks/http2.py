@@ -4,7 +4,7 @@ grpcio spends about 100 us of CPU on each call it makes, as much as a server doe
 measure itself. Here every call is one `join` of prebuilt bytes. Answers' header blocks are decoded once for each
 distinct block: the server is told to keep no table of headers, so equal bytes mean equal headers.
 
-Frames: RFC 9113. Header compression: RFC 7541. Calls: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
+Frames: RFC 9113. What gRPC makes of them: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import struct
 from collections import deque
 from collections.abc import Iterable
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol, cast
-from urllib.parse import unquote
+from typing import Any, Protocol, cast
 
-import hpack
+from benchmarks.headers import CONNECTION_LOST, Status, call_blocks, status_of
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 END_STREAM, END_HEADERS, PADDED, PRIORITY, ACK = 1, 4, 8, 32, 1
@@ -32,39 +31,6 @@ DEFAULT_WINDOW = 65535
 _HEAD = struct.Struct(">HBBBI")  # length (in two parts), type, flags, stream
 _SETTING = struct.Struct(">HI")
 
-# https://grpc.github.io/grpc/core/md_doc_statuscodes.html, by number
-STATUSES = (
-    "OK",
-    "CANCELLED",
-    "UNKNOWN",
-    "INVALID_ARGUMENT",
-    "DEADLINE_EXCEEDED",
-    "NOT_FOUND",
-    "ALREADY_EXISTS",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "FAILED_PRECONDITION",
-    "ABORTED",
-    "OUT_OF_RANGE",
-    "UNIMPLEMENTED",
-    "INTERNAL",
-    "UNAVAILABLE",
-    "DATA_LOSS",
-    "UNAUTHENTICATED",
-)
-
-
-class Status(NamedTuple):
-    """How a call ended."""
-
-    name: str  # one of STATUSES, or one of this module's
-    message: str = ""
-
-
-CONNECTION_LOST = Status("CONNECTION_LOST", "the connection ended while the call was under way")
-_MOST_CACHED = 10_000
-_statuses: dict[bytes, Status] = {}  # by the header block that ends a call
-
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     """One HTTP/2 frame."""
@@ -74,30 +40,6 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 def message(content: bytes) -> bytes:
     """`content` as a gRPC message: uncompressed, its length before it."""
     return b"\0" + len(content).to_bytes(4, "big") + content
-
-
-def status_of(block: bytes) -> Status:
-    """The status in a header block that ends a call; one without `grpc-status` is UNKNOWN, as gRPC has it."""
-    status = _statuses.get(block)
-    if status is None:
-        headers = {bytes(name): bytes(value) for name, value in hpack.Decoder().decode(block, raw=True)}
-        code = int(headers.get(b"grpc-status", b"2"))
-        name = STATUSES[code] if code < len(STATUSES) else f"STATUS_{code}"
-        status = Status(name, unquote(headers.get(b"grpc-message", b"").decode()))
-        if len(_statuses) < _MOST_CACHED:
-            _statuses[block] = status
-    return status
-
-
-def _text(text: bytes) -> bytes:
-    """A string of a header, not Huffman-coded."""
-    if len(text) < 127:
-        return bytes([len(text)]) + text
-    rest, length = len(text) - 127, b"\x7f"
-    while rest > 127:
-        length += bytes([rest & 127 | 128])
-        rest >>= 7
-    return length + bytes([rest]) + text
 
 
 def _split_head(block: bytes) -> tuple[bytes, bytes]:
@@ -142,16 +84,7 @@ class Connection(asyncio.Protocol):
         self.sent_bytes = 0
         self.received_bytes = 0
         self._events = events
-        self._headers_sent = [
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":path", path),
-            (":authority", authority),
-            ("content-type", "application/grpc"),
-            ("te", "trailers"),
-            ("user-agent", "parityserve-load"),
-            *metadata,
-        ]
+        self._about = (authority, path, tuple(metadata))
         self._head = self._fields = b""  # of the next call: its HEADERS frame up to the stream's number, and the rest
         self._indexed = (b"", b"")  # the same for the calls after it
         self._next = 1
@@ -369,18 +302,9 @@ class Connection(asyncio.Protocol):
             elif name == HEADER_TABLE_SIZE:
                 table = value
         if not self.ready.done():
-            self._prepare_headers(table)
+            blocks = call_blocks(*self._about, table)
+            (self._head, self._fields), self._indexed = (_split_head(block) for block in blocks)
             self.ready.set_result(None)
-
-    def _prepare_headers(self, table: int) -> None:
-        """As gRPC's clients do: the first call's headers fill the server's table, later ones are indices into it."""
-        headers = [(name.encode(), value.encode()) for name, value in self._headers_sent]
-        fits = sum(len(name) + len(value) + 32 for name, value in headers) <= table
-        prefix = b"\x40" if fits else b"\x00"  # literal with, and without, a place in the table
-        first = b"".join(prefix + _text(name) + _text(value) for name, value in headers)
-        later = bytes(0x80 | 61 + len(headers) - n for n in range(len(headers))) if fits else first
-        self._head, self._fields = _split_head(first)
-        self._indexed = _split_head(later)
 
     def _end(self, stream: int, status: Status) -> None:
         call = self._calls.pop(stream, None)
@@ -419,3 +343,39 @@ async def connect(events: Events, target: str, path: str, metadata: Iterable[tup
     except TimeoutError as error:
         raise TimeoutError(f"{target}: no HTTP/2 settings within {CONNECT_S:g} s") from error
     return connection
+
+
+async def ask(target: str, path: str, request: bytes) -> bytes:
+    """One unary call by itself.
+
+    Raises:
+        OSError: the target cannot be connected to.
+        ValueError: the answer is an error of gRPC's; the text says which.
+    """
+    answer: asyncio.Future[tuple[Status, bytes]] = asyncio.get_running_loop().create_future()
+
+    class One:
+        def answered(self, call: Call, body: bytes) -> None: ...
+
+        def ended(self, call: Call, status: Status) -> None:
+            if not answer.done():
+                answer.set_result((status, call.body[5:]))
+
+        def closing(self, connection: Connection) -> None: ...
+
+    connection = await connect(One(), target, path)
+    connection.call(message(request))
+    status, body = await answer
+    connection.close()
+    if status.name != "OK":
+        raise ValueError(f"{target}: {path}: {status.name}: {status.message}")
+    return body
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """The fastest event loop that is installed."""
+    try:
+        import uvloop
+    except ImportError:  # it is not made for every platform
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

@@ -11,49 +11,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import math
 import multiprocessing
 import sys
-import time
-from array import array
-from collections import deque
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 import numpy as np
 
-from benchmarks.http2 import CONNECTION_LOST, Call, Connection, Status, connect, message
-from benchmarks.requests import Exchange, random_requests
+from benchmarks.driver import OK, UNANSWERED, UNARY, Driver, Floats, Load, Record
+from benchmarks.exchanges import Exchange, infer_request, random_inputs
+from benchmarks.http2 import ask, new_loop
 from protos import open_inference as pb
-
-UNARY, STREAM = (pb.RPCS[name].path for name in ("ModelInfer", "ModelStreamInfer"))
-GRACE_S = 10.0  # how long answers are waited for when the time is over
-_MOST_KNOWN = 1000  # answers to one request that are remembered as right
-
-OK = Status("OK")
-WRONG = Status("WRONG", "the answer is not the expected one")
-UNANSWERED = Status("UNANSWERED", f"no answer within {GRACE_S:g} s after the load ended")
-
-
-@dataclass(frozen=True)
-class Load:
-    """What to send, how, and for how long."""
-
-    target: str  # host:port
-    exchanges: tuple[Exchange, ...]  # sent in turn
-    images: int = 1  # in each request
-    in_flight: int = 32  # requests; not looked at when there is a rate
-    rate: float | None = None  # requests a second, sent when due
-    stream: bool = False  # one bidirectional stream a connection instead of a call a request
-    connections: int = 4
-    seconds: float = 5.0
-    warmup_s: float = 1.0  # before anything is counted
-    metadata: tuple[tuple[str, str], ...] = ()
+from serving.tensors import TensorSpec
+from serving.wire import decode_outputs
 
 
 @dataclass(frozen=True)
@@ -68,7 +42,7 @@ class Latency:
     max: float = math.nan
 
     @classmethod
-    def of(cls, seconds: np.ndarray) -> Latency:
+    def of(cls, seconds: Floats) -> Latency:
         """The summary of many."""
         if not len(seconds):
             return cls()
@@ -90,222 +64,13 @@ class Result:
     sent_bytes: int
     received_bytes: int
     cpu_s: float  # of the load generator
+    watched_cpu_s: float  # of the processes that were watched
     lag_p99_ms: float  # open loop: how much later than due requests were sent; not-a-number otherwise
 
     @property
     def failed(self) -> int:
         """Answers that were not OK."""
         return sum(self.statuses.values()) - self.statuses.get("OK", 0)
-
-
-@dataclass
-class _Record:
-    """What one process counted."""
-
-    samples: dict[str, array[float]] = field(default_factory=dict)  # seconds, by status
-    messages: dict[str, str] = field(default_factory=dict)
-    lags: array[float] = field(default_factory=lambda: array("d"))
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    cpu_s: float = 0.0
-
-
-class _Lane:
-    """One connection, made anew whenever it ends, and the requests that go over it."""
-
-    def __init__(self, driver: _Driver, first: int) -> None:
-        self._driver = driver
-        self._turn = first
-        self._connection: Connection | None = None
-        self._past = [0, 0]  # bytes sent and received on earlier connections
-        self._call: Call | None = None  # the stream; its tag has the start and exchange of each unanswered request
-        self._owed = 0  # requests to send once there is a connection
-
-    async def connect(self) -> None:
-        """Connect, and send what is owed.
-
-        Raises:
-            OSError: nothing listens there, or it does not speak HTTP/2.
-        """
-        load = self._driver.load
-        self._connection = await connect(self, load.target, STREAM if load.stream else UNARY, load.metadata)
-        while self._owed and not self._driver.stopping:
-            self._owed -= 1
-            self.issue()
-
-    async def _reconnect(self) -> None:
-        while not self._driver.stopping and self._connection is None:
-            try:
-                await self.connect()
-            except OSError:
-                await asyncio.sleep(0.05)
-
-    def issue(self) -> None:
-        """Send the next request."""
-        driver, connection = self._driver, self._connection
-        if connection is None:
-            if driver.load.rate is None:
-                self._owed += 1
-            else:
-                driver.sent()
-                driver.record(CONNECTION_LOST, perf_counter())
-            return
-        index = self._turn % len(driver.bodies)
-        self._turn += 1
-        driver.sent()
-        if not driver.load.stream:
-            connection.call(driver.bodies[index], index)
-            return
-        if self._call is None:
-            self._call = connection.open_stream(deque())
-        self._call.tag.append((perf_counter(), index))
-        connection.send(self._call, driver.bodies[index])
-
-    def answered(self, call: Call, body: bytes) -> None:
-        if call.tag:
-            start, index = call.tag.popleft()
-            self._driver.record(self._driver.judge(index, body), start)
-            self._again()
-        else:
-            self._driver.record(Status("WRONG", "an answer that no request asked for"), perf_counter())
-
-    def ended(self, call: Call, status: Status) -> None:
-        if not call.streamed:
-            if status.name == "OK":
-                status = self._driver.judge(call.tag, call.body)
-            self._driver.record(status, call.started)
-            self._again()
-            return
-        if call is self._call:
-            self._call = None
-        if status.name == "OK":
-            status = Status("STREAM_ENDED", "the stream ended before its requests were answered")
-        for start, _ in call.tag:
-            self._driver.record(status, start)
-            asyncio.get_running_loop().call_later(0.01, self._again)  # a stream that fails at once must not spin
-
-    def closing(self, connection: Connection) -> None:
-        if connection is not self._connection:
-            return
-        self._connection, self._call = None, None
-        self._past[0] += connection.sent_bytes
-        self._past[1] += connection.received_bytes
-        if not self._driver.stopping:
-            self._driver.spawn(self._reconnect())
-
-    def bytes(self) -> np.ndarray:
-        """Sent and received."""
-        now = self._connection
-        return np.array(self._past) + ((now.sent_bytes, now.received_bytes) if now else (0, 0))
-
-    def close(self) -> None:
-        if self._connection:
-            self._connection.close()
-
-    def _again(self) -> None:
-        if self._driver.load.rate is None and not self._driver.stopping:
-            self.issue()
-
-
-class _Driver:
-    """Runs one load in this process."""
-
-    def __init__(self, load: Load) -> None:
-        self.load = load
-        self.bodies = [message(exchange.request) for exchange in load.exchanges]
-        self.stopping = False
-        self._known: list[set[bytes]] = [set() for _ in load.exchanges]  # answers that were found right
-        self._record = _Record()
-        self._begin = self._end = math.inf
-        self._pending = 0
-        self._idle = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def sent(self) -> None:
-        self._pending += 1
-
-    def judge(self, index: int, body: bytes) -> Status:
-        """The status of an answer that came without an error of gRPC's."""
-        if body in self._known[index]:
-            return OK
-        try:
-            status = self._examine(index, body)
-        except Exception as error:  # not the message that it should be
-            return Status("WRONG", str(error))
-        if status is OK and len(self._known[index]) < _MOST_KNOWN:
-            self._known[index].add(body)
-        return status
-
-    def _examine(self, index: int, body: bytes) -> Status:
-        if len(body) < 5 or body[0] or len(body) != 5 + int.from_bytes(body[1:5], "big"):
-            return Status("WRONG", f"{len(body)} bytes that are not one uncompressed message")
-        answer = body[5:]
-        if self.load.stream:
-            streamed = pb.ModelStreamInferResponse.FromString(answer)
-            if streamed.error_message:
-                return Status("STREAM_ERROR", streamed.error_message)
-            answer = streamed.infer_response.SerializeToString()
-        return OK if self.load.exchanges[index].right(answer) else WRONG
-
-    def record(self, status: Status, start: float) -> None:
-        """Count an answer. Closed loop: those that end while it counts; open loop: those that were sent then."""
-        now = perf_counter()
-        self._pending -= 1
-        when = now if self.load.rate is None else start
-        if self._begin <= when < self._end:
-            self._record.samples.setdefault(status.name, array("d")).append(now - start)
-            if status.message:
-                self._record.messages.setdefault(status.name, status.message)
-        if self.stopping and self._pending <= 0:
-            self._idle.set()
-
-    async def run(self, barrier: Barrier | None) -> _Record:
-        lanes = [_Lane(self, n * len(self.bodies) // self.load.connections) for n in range(self.load.connections)]
-        await asyncio.gather(*(lane.connect() for lane in lanes))
-        if barrier:
-            barrier.wait()
-        gc.freeze()
-        self._begin = perf_counter() + self.load.warmup_s
-        self._end = self._begin + self.load.seconds
-        if self.load.rate is None:
-            for number in range(self.load.in_flight):
-                lanes[number % len(lanes)].issue()
-        else:
-            self.spawn(self._send_when_due(lanes, self.load.rate))
-        await asyncio.sleep(self._begin - perf_counter())
-        bytes_before, cpu_before = np.sum([lane.bytes() for lane in lanes], axis=0), time.process_time()
-        await asyncio.sleep(self._end - perf_counter())
-        self._record.cpu_s = time.process_time() - cpu_before
-        moved = np.sum([lane.bytes() for lane in lanes], axis=0) - bytes_before
-        self._record.sent_bytes, self._record.received_bytes = (int(count) for count in moved)
-        self.stopping = True
-        if self._pending > 0:
-            try:
-                await asyncio.wait_for(self._idle.wait(), GRACE_S)
-            except TimeoutError:
-                self._record.samples[UNANSWERED.name] = array("d", [math.nan] * self._pending)
-                self._record.messages[UNANSWERED.name] = UNANSWERED.message
-        for lane in lanes:
-            lane.close()
-        await asyncio.sleep(0)  # the sockets close
-        return self._record
-
-    async def _send_when_due(self, lanes: list[_Lane], rate: float) -> None:
-        start = perf_counter()
-        count = 0
-        while (now := perf_counter()) < self._end:
-            due = int((now - start) * rate)
-            while count < due:
-                if now >= self._begin:
-                    self._record.lags.append(now - start - (count + 1) / rate)
-                lanes[count % len(lanes)].issue()
-                count += 1
-            await asyncio.sleep(0.001)
 
 
 def run_load(load: Load, processes: int = 1) -> Result:
@@ -324,11 +89,12 @@ def run_load(load: Load, processes: int = 1) -> Result:
             in_flight=load.in_flight // processes + (number < load.in_flight % processes),
             rate=load.rate and load.rate / processes,
             connections=max(1, load.connections // processes),
+            watch=load.watch if number == 0 else (),
         )
         for number in range(processes)
     ]
-    with context.Pool(processes, _share, (barrier,)) as pool:
-        return _result(load, pool.map(_run, shares, chunksize=1))
+    with ProcessPoolExecutor(processes, context, _share, (barrier,)) as pool:
+        return _result(load, list(pool.map(_run, shares)))
 
 
 _barrier: Barrier | None = None
@@ -339,20 +105,12 @@ def _share(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _run(load: Load) -> _Record:
-    with asyncio.Runner(loop_factory=_loop) as runner:
-        return runner.run(_Driver(load).run(_barrier))
+def _run(load: Load) -> Record:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(Driver(load).run(_barrier))
 
 
-def _loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:  # it is not made for every platform
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
-def _result(load: Load, records: list[_Record]) -> Result:
+def _result(load: Load, records: list[Record]) -> Result:
     names = sorted({name for record in records for name in record.samples})
     samples = {
         name: np.concatenate([np.array(r.samples[name]) for r in records if name in r.samples]) for name in names
@@ -367,38 +125,12 @@ def _result(load: Load, records: list[_Record]) -> Result:
         refused=Latency.of(np.concatenate(answered) if answered else np.array([])),
         statuses={name: len(sample) for name, sample in samples.items()},
         messages={name: text for record in records for name, text in record.messages.items()},
-        sent_bytes=sum(record.sent_bytes for record in records),
-        received_bytes=sum(record.received_bytes for record in records),
+        sent_bytes=int(sum(record.sent_bytes for record in records)),
+        received_bytes=int(sum(record.received_bytes for record in records)),
         cpu_s=sum(record.cpu_s for record in records),
+        watched_cpu_s=max(record.watched_cpu_s for record in records),
         lag_p99_ms=float(np.percentile(lags, 99) * 1e3) if len(lags) else math.nan,
     )
-
-
-async def ask(target: str, path: str, request: bytes) -> bytes:
-    """One unary call by itself.
-
-    Raises:
-        OSError: the target cannot be connected to.
-        ValueError: the answer is an error of gRPC's; the text says which.
-    """
-    answer: asyncio.Future[tuple[Status, bytes]] = asyncio.get_running_loop().create_future()
-
-    class One:
-        def answered(self, call: Call, body: bytes) -> None: ...
-
-        def ended(self, call: Call, status: Status) -> None:
-            if not answer.done():
-                answer.set_result((status, call.body[5:]))
-
-        def closing(self, connection: Connection) -> None: ...
-
-    connection = await connect(One(), target, path)
-    connection.call(message(request))
-    status, body = await answer
-    connection.close()
-    if status.name != "OK":
-        raise ValueError(f"{target}: {path}: {status.name}: {status.message}")
-    return body
 
 
 async def learn(target: str, model: str, images: int, count: int = 8) -> tuple[Exchange, ...]:
@@ -408,14 +140,16 @@ async def learn(target: str, model: str, images: int, count: int = 8) -> tuple[E
         OSError: the target cannot be connected to.
         ValueError: the server refuses a request; the text says why.
     """
-    described = await ask(
-        target, pb.RPCS["ModelMetadata"].path, pb.ModelMetadataRequest(name=model).SerializeToString()
-    )
-    metadata = pb.ModelMetadataResponse.FromString(described)
+    about = await ask(target, pb.RPCS["ModelMetadata"].path, pb.ModelMetadataRequest(name=model).SerializeToString())
+    specs = [
+        TensorSpec(name=tensor.name, datatype=tensor.datatype, shape=tuple("any" if n < 0 else n for n in tensor.shape))
+        for tensor in pb.ModelMetadataResponse.FromString(about).inputs
+    ]
     exchanges = []
-    for request in random_requests(metadata, images, count):
+    for seed in range(count):
+        request = infer_request(model, specs, random_inputs(specs, images, seed))
         answer = pb.ModelInferResponse.FromString(await ask(target, UNARY, request))
-        exchanges.append(Exchange(request, answer.raw_output_contents[0], answer.outputs[0].datatype))
+        exchanges.append(Exchange(request, decode_outputs(answer)))
     return tuple(exchanges)
 
 
