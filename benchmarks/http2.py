@@ -25,6 +25,7 @@ HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE =
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LARGEST_WINDOW = (1 << 31) - 1
 CONNECT_S = 10.0  # how long a connection may take
+ANSWER_S = 30.0  # and the answer to a call by itself
 TOP_UP = 1 << 30  # bytes received before a window is opened again
 DEFAULT_WINDOW = 65535
 
@@ -52,14 +53,14 @@ class Call:
 
     __slots__ = ("body", "received", "started", "stream", "streamed", "tag", "window")
 
-    def __init__(self, stream: int, streamed: bool, window: int, tag: Any) -> None:
-        self.stream = stream
+    def __init__(self, streamed: bool, tag: Any) -> None:
         self.streamed = streamed
-        self.window = window  # bytes that may be sent
-        self.received = 0  # bytes since the window was last opened
         self.tag = tag  # the caller's own
-        self.body = b""
         self.started = perf_counter()
+        self.stream = 0  # once it is sent: the server may limit how many calls are under way
+        self.window = 0  # bytes that may be sent
+        self.received = 0  # bytes since the window was last opened
+        self.body = b""
 
 
 class Events(Protocol):
@@ -89,7 +90,7 @@ class Connection(asyncio.Protocol):
         self._indexed = (b"", b"")  # the same for the calls after it
         self._next = 1
         self._calls: dict[int, Call] = {}
-        self._waiting: deque[tuple[bytes, Any]] = deque()  # calls beyond the server's limit of concurrent streams
+        self._waiting: deque[tuple[Call, bytes]] = deque()  # calls beyond the server's limit of concurrent streams
         self._blocked: deque[tuple[Call, memoryview, bool]] = deque()  # what the windows do not let out yet
         self._out: list[bytes] = []
         self._rest = b""
@@ -103,12 +104,16 @@ class Connection(asyncio.Protocol):
 
     def call(self, body: bytes, tag: Any = None) -> None:
         """Make a unary call with a prefixed message."""
+        self._begin(Call(False, tag), body)
+
+    def _begin(self, call: Call, body: bytes) -> None:
         if len(self._calls) >= self._max_streams:
-            self._waiting.append((body, tag))
+            self._waiting.append((call, body))
             return
-        stream = self._next
+        stream = call.stream = self._next
         self._next += 2
-        call = self._calls[stream] = Call(stream, False, self._initial_window, tag)
+        call.window = self._initial_window
+        self._calls[stream] = call
         number = stream.to_bytes(4, "big")
         size = len(body)
         if size <= self._max_frame and size <= self._window and size <= self._initial_window and not self._blocked:
@@ -126,7 +131,8 @@ class Connection(asyncio.Protocol):
         """Begin a streamed call."""
         stream = self._next
         self._next += 2
-        call = self._calls[stream] = Call(stream, True, self._initial_window, tag)
+        call = self._calls[stream] = Call(True, tag)
+        call.stream, call.window = stream, self._initial_window
         self._write(b"".join((self._head, stream.to_bytes(4, "big"), self._fields)))
         self._head, self._fields = self._indexed
         return call
@@ -312,7 +318,7 @@ class Connection(asyncio.Protocol):
             return
         self._events.ended(call, status)
         if self._waiting and self.open:
-            self.call(*self._waiting.popleft())
+            self._begin(*self._waiting.popleft())
         if not self.open and not self._calls:
             self._transport.close()
 
@@ -325,6 +331,8 @@ class Connection(asyncio.Protocol):
         if self.open:
             self.open = False
             self._events.closing(self)
+        while self._waiting:
+            self._events.ended(self._waiting.popleft()[0], CONNECTION_LOST)
 
 
 async def connect(events: Events, target: str, path: str, metadata: Iterable[tuple[str, str]] = ()) -> Connection:
@@ -349,7 +357,7 @@ async def ask(target: str, path: str, request: bytes) -> bytes:
     """One unary call by itself.
 
     Raises:
-        OSError: the target cannot be connected to.
+        OSError: the target cannot be connected to, or does not answer.
         ValueError: the answer is an error of gRPC's; the text says which.
     """
     answer: asyncio.Future[tuple[Status, bytes]] = asyncio.get_running_loop().create_future()
@@ -364,9 +372,14 @@ async def ask(target: str, path: str, request: bytes) -> bytes:
         def closing(self, connection: Connection) -> None: ...
 
     connection = await connect(One(), target, path)
-    connection.call(message(request))
-    status, body = await answer
-    connection.close()
+    try:
+        connection.call(message(request))
+        async with asyncio.timeout(ANSWER_S):
+            status, body = await answer
+    except TimeoutError as error:
+        raise TimeoutError(f"{target}: {path}: no answer within {ANSWER_S:g} s") from error
+    finally:
+        connection.close()
     if status.name != "OK":
         raise ValueError(f"{target}: {path}: {status.name}: {status.message}")
     return body
