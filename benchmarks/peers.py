@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +25,13 @@ class PeerError(Exception):
 
 
 @contextmanager
-def peer(name: str, onnx: Path, model: str) -> Iterator[Contender]:
-    """A peer that serves `onnx` under the name `model`, installed if it is not yet.
+def peer(name: str, onnx: Path, model: str, base: str = sys.executable) -> Iterator[Contender]:
+    """A peer that serves `onnx` under the name `model`, installed if it is not yet; `base` is as for `install`.
 
     Raises:
         PeerError: it cannot be installed.
     """
-    python = install(name)
+    python = install(name, base)
     port = free_port()
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
         command, env = _COMMANDS[name](python, onnx.resolve(), model, port, Path(folder))
@@ -40,24 +39,30 @@ def peer(name: str, onnx: Path, model: str) -> Iterator[Contender]:
         yield Contender(name, command, port, streams=False, env={**os.environ, **env}, about=about)
 
 
-def install(name: str) -> Path:
-    """The Python of a peer's environment in the user's cache folder.
+def install(name: str, base: str = sys.executable) -> Path:
+    """The Python of a peer's environment in the user's cache folder, made by the interpreter `base`.
 
     Raises:
-        PeerError: pip failed.
+        PeerError: the environment cannot be made, or pip failed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     wanted = [PACKAGES[name], f"onnxruntime=={_onnxruntime_version()}"]
     folder = cache / "parityserve" / "peers" / name
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     stamp = folder / "installed.json"  # written last
-    if stamp.exists() and json.loads(stamp.read_text()) == wanted:
+    if stamp.exists() and json.loads(stamp.read_text()) == [base, *wanted]:
         return python
     print(f"installing {' and '.join(wanted)} in {folder}")
-    venv.create(folder, clear=True, with_pip=True)
-    if subprocess.run([python, "-m", "pip", "install", "--progress-bar", "on", *wanted], check=False).returncode:
-        raise PeerError(f"{name}: pip could not install {' and '.join(wanted)}; it says why above")
-    stamp.write_text(json.dumps(wanted))
+    commands: list[list[str | Path]] = [
+        [base, "-m", "venv", "--clear", folder],
+        [python, "-m", "pip", "install", "--progress-bar", "on", *wanted],
+    ]
+    for command in commands:
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise PeerError(f"{name}: {error}; the reason stands above") from error
+    stamp.write_text(json.dumps([base, *wanted]))
     return python
 
 
@@ -95,8 +100,12 @@ def _kserve(python: Path, onnx: Path, model: str, port: int, _: Path) -> Command
 
 
 def _pytriton(python: Path, onnx: Path, model: str, port: int, _: Path) -> Command:
+    """Its backend embeds a Python that it takes from the dynamic linker: it must be the environment's own."""
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
+    libraries = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
     ports = [str(port), str(free_port()), str(free_port())]
-    return [str(python), str(SERVERS / "pytriton_onnx.py"), str(onnx), model, *ports], {}
+    command = [str(python), str(SERVERS / "pytriton_onnx.py"), str(onnx), model, *ports]
+    return command, {"LD_LIBRARY_PATH": libraries}
 
 
 _COMMANDS: dict[str, Callable[[Path, Path, str, int, Path], Command]] = {

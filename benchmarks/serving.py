@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repository", type=Path, default=Path("exported"), help="(default: exported)")
     parser.add_argument("--model", default="mnist", help="(default: mnist)")
     parser.add_argument("--peer", action="append", default=[], choices=list(peers.PACKAGES), help="repeat for several")
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        metavar="PATH",
+        help="makes the peers' environments (default: this one); PyTriton needs one that has a shared libpython",
+    )
     parser.add_argument("--workers", metavar="N", help="passed on to our server")
     parser.add_argument("--serve-option", action="append", default=[], metavar="--X=Y", help="passed on to our server")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="in a request")
@@ -176,7 +182,7 @@ def _contenders(
     extra = [*(["--workers", options.workers] if options.workers else []), *options.serve_option]
     yield contenders.ours(options.repository, options.model, extra)
     for name in options.peer:
-        yield stack.enter_context(peers.peer(name, onnx, options.model))
+        yield stack.enter_context(peers.peer(name, onnx, options.model, options.peer_python))
 
 
 def _at_rest(contender: Contender, server: Started, seconds: float) -> dict[str, Any]:
