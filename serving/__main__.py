@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m serving", description="Serve exported models over gRPC.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve the newest version of every model in a repository")
+    serve = commands.add_parser("serve", help="serve the models in a repository")
     serve.add_argument(
         "--config",
         type=Path,
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="classify picture files on a running server")
     predict.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, WebP, GIF or BMP, of any size")
     predict.add_argument("--model", default="", help="its name; needed when the server has several")
-    predict.add_argument("--version", default="", help="a version number; the newest when not given")
+    predict.add_argument("--version", default="", help="a version number; the newest that is ready when not given")
     predict.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to list (default: 3)")
     predict.add_argument(
         "--polarity",

@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from serving.credentials import is_loopback
+from serving.versions import VersionPolicy
 
 DEFAULT_PORT = 8001
 MAX_MESSAGE_BYTES = 64 << 20
 
 BackendName = Literal["onnx", "torchscript"]
 DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+def _policy(text: str) -> str:
+    VersionPolicy.parse(text)
+    return text
 
 
 class ServerConfig(BaseModel):
@@ -25,6 +31,10 @@ class ServerConfig(BaseModel):
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 for any free one; none if not given"
+    )
+    metrics_host: str | None = Field(None, description="address for the metrics; that of --host if not given")
     tls_cert: Path | None = Field(None, description="PEM file: the server's certificate, then its issuers'; TLS only")
     tls_key: Path | None = Field(None, description="PEM file: the certificate's key, unencrypted")
     tls_client_ca: Path | None = Field(
@@ -36,9 +46,15 @@ class ServerConfig(BaseModel):
     allow_plaintext_token: bool = Field(
         False, description="take tokens without TLS on other addresses than loopback, where something else encrypts"
     )
-    model_control: Literal["none", "explicit"] = Field(
-        "none", description="none: what is there at the start; explicit: clients load and unload models"
+    version_policy: Annotated[str, AfterValidator(_policy)] = Field(
+        "latest", description="which versions of a model to serve: latest, latest:N, all, or specific:N,N"
     )
+    model_control: Literal["none", "explicit", "poll"] = Field(
+        "none",
+        description="none: what is there at the start; explicit: clients load and unload models; "
+        "poll: what is there at any time",
+    )
+    poll_s: float = Field(5.0, gt=0, description="seconds between two looks at the repository, with poll")
     allow_unverified: bool = Field(
         False, description="serve plain <model>/<version>/model.onnx too, which no golden answers vouch for"
     )
@@ -72,6 +88,13 @@ class ServerConfig(BaseModel):
     drain_s: float = Field(
         10.0, ge=0, description="seconds that running requests then get to finish, once no new ones are taken"
     )
+
+    @field_validator("metrics_host")
+    @classmethod
+    def _metrics_have_a_port(cls, host: str | None, info: ValidationInfo) -> str | None:
+        if host is not None and info.data.get("metrics_port", 0) is None:
+            raise ValueError("needs --metrics-port too")
+        return host
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -8,6 +8,7 @@ import gc
 import logging
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -24,6 +25,11 @@ from serving.services.classifier import ClassifierService
 from serving.services.gate import Gate
 from serving.services.health import HealthService
 from serving.services.open_inference import OpenInferenceService
+from serving.snapshot import Snapshot, collect
+from serving.statistics import Rpcs
+
+if TYPE_CHECKING:
+    from serving.metrics import Endpoint
 
 if sys.platform == "win32":
     from asyncio import new_event_loop
@@ -53,6 +59,10 @@ class Server:
         """
         self._config = config
         self.repository = Repository(config)
+        self._rpcs = Rpcs()
+        self._metrics: Endpoint | None = None
+        self._polling: asyncio.Task[None] | None = None
+        self._reported: set[str] = set()  # the models that the health service was told of
         self._health = HealthService()
         self._gate = Gate()
         self._tls = tls(config)
@@ -65,14 +75,15 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
             ],
         )
-        self._classifier = ClassifierService(self.repository, config)
-        open_inference_service = OpenInferenceService(self.repository, config, self._report)
+        self._classifier = ClassifierService(self.repository, config, self._rpcs)
+        open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._report)
         self._server.add_generic_rpc_handlers(
             (
-                handler(self._health, _HEALTH, self._gate),  # which goes on being answered when the gate is closed
+                # The health service goes on being answered when the gate is closed.
+                handler(self._health, _HEALTH, self._rpcs, self._gate),
                 self._gate,
-                handler(self._classifier, _CLASSIFIER, self._gate),
-                handler(open_inference_service, _PROTOCOL, self._gate),
+                handler(self._classifier, _CLASSIFIER, self._rpcs, self._gate),
+                handler(open_inference_service, _PROTOCOL, self._rpcs, self._gate),
             )
         )
         reflection.enable_server_reflection(
@@ -98,9 +109,29 @@ class Server:
             raise StartupError(
                 f"cannot listen on {address}: in use, or not this machine's address; choose another with --port"
             ) from error
+        self._serve_metrics()
         await self._report()
         await self._server.start()
         return f"{host}:{port}"
+
+    def _serve_metrics(self) -> None:
+        if self._config.metrics_port is None:
+            return
+        from serving.metrics import Endpoint  # a server without it saves the time and memory of the libraries
+
+        self._metrics = Endpoint(
+            self._config.metrics_host or self._config.host, self._config.metrics_port, self.snapshot
+        )
+        logger.info("metrics on http://%s/metrics", self._metrics.address)
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where the metrics are, `host:port` with the port that was bound; None where there are none."""
+        return self._metrics.address if self._metrics else None
+
+    def snapshot(self) -> Snapshot:
+        """The server as it stands, for its metrics; from any thread."""
+        return collect(self.repository, self._rpcs, ready=self.repository.ready())
 
     async def load(self) -> None:
         """Load every model and report what became READY.
@@ -115,14 +146,28 @@ class Server:
             reasons = "; ".join(f"{status.name} version {status.version}: {status.reason}" for status in statuses)
             raise StartupError(f"no model may be served: {reasons}")
         await self._report()
+        if self._config.model_control == "poll":
+            self._polling = asyncio.create_task(self._poll())
+
+    async def _poll(self) -> None:
+        """Keep what is served in step with the repository's folder."""
+        while True:
+            await asyncio.sleep(self._config.poll_s)
+            try:
+                if await asyncio.to_thread(self.repository.poll):
+                    await self._report()
+            except Exception:  # the next look may do better; without it nothing would ever be loaded again
+                logger.exception("unexpected error while looking for new versions")
 
     async def _report(self) -> None:
         """Tell the health service: "" and the services are SERVING when every model is, each model under its name."""
         ready = self.repository.ready()
         for service in ("", *SERVICES):
             self._health.set(service, ready)
-        for status in self.repository.statuses():
-            self._health.set(status.name, status.state is State.READY)
+        answering = self.repository.answering()
+        for name in {*answering, *self._reported}:
+            self._health.set(name, bool(answering.get(name)))
+        self._reported = set(answering)
 
     def reload(self) -> None:
         """Read the certificates and tokens again; those that are wrong now stay as they were."""
@@ -144,6 +189,8 @@ class Server:
         if self._gate.closed:
             return
         hurry = hurry or asyncio.Event()
+        if self._polling:
+            self._polling.cancel()
         self.repository.retire()
         self._health.stop()
         await _pause(self._config.drain_delay_s, hurry)
@@ -163,6 +210,8 @@ class Server:
         await finishing
         await asyncio.to_thread(self._classifier.close)
         await asyncio.to_thread(self.repository.close)
+        if self._metrics:
+            await asyncio.to_thread(self._metrics.close)
 
 
 async def _pause(seconds: float, hurry: asyncio.Event) -> None:

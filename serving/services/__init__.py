@@ -10,19 +10,21 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
 
 from serving import errors
-from serving.errors import InvalidArgument, Unavailable
+from serving.errors import InvalidArgument, QueueFull, Unavailable
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
 from serving.services.gate import STOPPING, Gate
-from serving.statistics import Stages
+from serving.statistics import Rpcs, Stages
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -30,6 +32,8 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 Given = TypeVar("Given", covariant=True)
 
+# Where grpc_status.rpc_status, in every language, looks for what a status has to tell.
+GRPC_DETAILS_METADATA_KEY = "grpc-status-details-bin"
 STREAM_IN_FLIGHT = 64  # requests of one stream that run at once; a client that sends more waits
 
 
@@ -39,8 +43,8 @@ def in_bytes(method: Method) -> Method:
     return method
 
 
-def handler(servicer: object, service: ServiceDescriptor, gate: Gate) -> grpc.GenericRpcHandler:
-    """The RPCs of a service, answered by the methods of the same names; `gate` ends their streams.
+def handler(servicer: object, service: ServiceDescriptor, rpcs: Rpcs, gate: Gate) -> grpc.GenericRpcHandler:
+    """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`; `gate` ends streams.
 
     Messages are parsed here and not by gRPC, which would answer INTERNAL to one that cannot be parsed.
     """
@@ -50,13 +54,14 @@ def handler(servicer: object, service: ServiceDescriptor, gate: Gate) -> grpc.Ge
         raw = hasattr(answer, "in_bytes")
         parsed = bytes if raw else parser(message_factory.GetMessageClass(method.input_type))
         serialize = None if raw else _serialize
+        count = _counter(rpcs, f"{service.full_name}/{method.name}")
         if method.server_streaming:
             methods[method.name] = grpc.stream_stream_rpc_method_handler(
-                _stream(answer, parsed, gate), response_serializer=serialize
+                _stream(answer, parsed, count, gate), response_serializer=serialize
             )
         else:
             methods[method.name] = grpc.unary_unary_rpc_method_handler(
-                _unary(answer, parsed), response_serializer=serialize
+                _unary(answer, parsed, count), response_serializer=serialize
             )
     return grpc.method_handlers_generic_handler(service.full_name, methods)
 
@@ -155,17 +160,38 @@ def parser(message: type[Message]) -> Callable[[bytes], Any]:
     return parse
 
 
-def _unary(answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Awaitable[Any]]:
+def _counter(rpcs: Rpcs, method: str) -> Callable[[str], None]:
+    """Counts an RPC of a method that ended with the status code named."""
+
+    def count(code: str) -> None:
+        rpcs.ended[method, code] += 1
+
+    return count
+
+
+def _unary(
+    answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any], count: Callable[[str], None]
+) -> Callable[..., Awaitable[Any]]:
     async def call(data: bytes, context: Context) -> Any:
         try:
-            return await answer(parse(data), context)
+            response = await answer(parse(data), context)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, count)
+        except BaseException:  # the caller has gone
+            count("CANCELLED")
+            raise
+        count("OK")
+        return response
 
     return call
 
 
-def _stream(answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], Any], gate: Gate) -> Callable[..., Any]:
+def _stream(
+    answer: Callable[..., AsyncIterator[Any]],
+    parse: Callable[[bytes], Any],
+    count: Callable[[str], None],
+    gate: Gate,
+) -> Callable[..., Any]:
     async def call(source: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
             with gate.requests(source, parse) as requests:
@@ -174,12 +200,28 @@ def _stream(answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], 
                 if requests.is_cut:
                     raise Unavailable(STOPPING)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, count)
+        except BaseException:  # the caller has gone
+            count("CANCELLED")
+            raise
+        count("OK")
 
     return call
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def _abort(context: Context, error: Exception, count: Callable[[str], None]) -> NoReturn:
     """End an RPC with the status of `error`: the only place that does so."""
     code, details = errors.to_status(error)
-    await context.abort(code, details)
+    count(code.name)
+    trailing = _retry_info(code, details, error.retry_s) if isinstance(error, QueueFull) else ()
+    await context.abort(code, details, trailing)
+    raise AssertionError("abort raises")
+
+
+def _retry_info(code: grpc.StatusCode, details: str, retry_s: float) -> tuple[tuple[str, bytes], ...]:
+    """The trailing metadata that tells a client when to try again: google.rpc.RetryInfo, which clients know."""
+    delay = Duration()
+    delay.FromNanoseconds(round(1e9 * retry_s))
+    status = status_pb2.Status(code=code.value[0], message=details)
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return ((GRPC_DETAILS_METADATA_KEY, status.SerializeToString()),)

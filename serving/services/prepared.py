@@ -20,6 +20,7 @@ from serving import errors
 from serving.errors import RequestError
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed, Request
+from serving.statistics import Rpcs
 from serving.tensors import DATATYPES
 from serving.wire import Requested
 
@@ -155,16 +156,17 @@ class Running:
         self._id = identity  # the field, with its key
         self._start_ns = start_ns
         self._future = future
-        self._stream = False
+        self._stream: Rpcs | None = None
 
-    def in_stream(self) -> Running:
-        """Have it give a stream's message, in which an error is an answer too."""
-        self._stream = True
+    def in_stream(self, rpcs: Rpcs) -> Running:
+        """Have it give a stream's message, in which an error is an answer too, counted in `rpcs`."""
+        self._stream = rpcs
         return self
 
     def cancel(self) -> None:
-        """Withdraw the request."""
+        """Withdraw the request, which nobody has awaited yet."""
         self._future.cancel()
+        self._prepared.served.statistics.failed(self._start_ns)
 
     def __await__(self) -> Generator[Any, None, bytes]:
         statistics = self._prepared.served.statistics
@@ -173,11 +175,11 @@ class Running:
             message = self._encode(answer)
         except BaseException as error:
             statistics.failed(self._start_ns)
-            if not (self._stream and isinstance(error, Exception)):
+            if self._stream is None or not isinstance(error, Exception):
                 raise
-            return stream_error(pb.ModelInferRequest.FromString(self._data), error).SerializeToString()
+            return stream_error(pb.ModelInferRequest.FromString(self._data), error, self._stream).SerializeToString()
         statistics.succeeded(self._start_ns, answer.stages)
-        return _INFER_RESPONSE + _varint(len(message)) + message if self._stream else message
+        return _INFER_RESPONSE + _varint(len(message)) + message if self._stream is not None else message
 
     def _encode(self, answer: Request) -> bytes:
         parts = [self._prepared.head, self._id, self._prepared.tail]
@@ -190,9 +192,10 @@ class Running:
         return b"".join(parts)
 
 
-def stream_error(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
-    """What a stream answers to a request that failed."""
-    _, details = errors.to_status(error)
+def stream_error(request: pb.ModelInferRequest, error: Exception, rpcs: Rpcs) -> pb.ModelStreamInferResponse:
+    """What a stream answers to a request that failed, which is counted."""
+    code, details = errors.to_status(error)
+    rpcs.stream_errors[f"{pb.SERVICE}/ModelStreamInfer", code.name] += 1
     whose = pb.ModelInferResponse(id=request.id, model_name=request.model_name, model_version=request.model_version)
     return pb.ModelStreamInferResponse(error_message=details, infer_response=whose)
 
