@@ -17,7 +17,9 @@ from serving.client import DEFAULT_TARGET, Client, ModelInfo, PredictResult
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, ParityserveError
 from serving.images import Polarity
+from serving.machine import worker_count
 from serving.options import add_options, parse
+from serving.workers import supervise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,14 +84,18 @@ def _add_server(command: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from serving.server import serve  # the other commands need no ONNX Runtime
-
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     config = parse(ServerConfig, options)
-    serve(config)
+    count = worker_count(config)
+    if count > 1:
+        supervise(config, count)
+    else:
+        from serving.server import serve  # no other command needs ONNX Runtime, nor does a supervisor
+
+        serve(config)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -31,6 +31,8 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
             arguments["choices"] = get_args(kind)
         elif get_origin(kind) is tuple:
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}
+        elif get_origin(kind) is Union:  # of a word and a number
+            arguments["metavar"] = "N|auto"
         else:
             arguments["metavar"] = _METAVARS.get(kind, "PATH")
         parser.add_argument(f"--{_flag(model, name)}", dest=name, **arguments)
