@@ -33,6 +33,7 @@ class Repository(Catalog):
         self._config = config
         self._policy = VersionPolicy.parse(config.version_policy)
         self._wanted: set[str] = set()  # from the start on; what fails to load later does not make the server unready
+        self._retired = False
         self._started = False  # whether everything wanted was tried
         self._closed = False
         self._changing = threading.Lock()  # held to change what is served; ONNX Runtime's sessions need it too
@@ -277,11 +278,17 @@ class Repository(Catalog):
             statuses += [Status(name, "", State.UNAVAILABLE) for name in names if name not in known]
         return sorted(statuses, key=lambda status: status.name)
 
+    def retire(self) -> None:
+        """Report not being ready from now on, and go on answering."""
+        self._retired = True
+
     def ready(self) -> bool:
         """Whether every model that should be served is, and those taken out of service since do not count.
 
         Where nothing will be loaded later, that is every version of it; else one is enough.
         """
+        if self._retired:
+            return False
         models = [model for name in self._wanted if (model := self._models.get(name)) and not model.unloaded]
         if self._config.model_control == "none":
             return self._started and all(len(model.served) == len(model.statuses) for model in models)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import pickle
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import classifier_pb2, open_inference
@@ -21,8 +22,11 @@ from serving.config import ServerConfig
 from serving.control import Control, Local, Member, Readiness, Stop
 from serving.errors import StartupError, cannot_listen
 from serving.repository import UNLOADED, Repository, State
+from serving.security import TokenGuard, tls
 from serving.services import handler
 from serving.services.classifier import ClassifierService
+from serving.services.gate import Gate
+from serving.services.health import HealthService
 from serving.services.open_inference import OpenInferenceService
 from serving.snapshot import Snapshot, collect
 from serving.statistics import Rpcs
@@ -40,50 +44,60 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
-SERVICES = (_CLASSIFIER.full_name, open_inference.SERVICE)
+_PROTOCOL = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+SERVICES = (_CLASSIFIER.full_name, _PROTOCOL.full_name)
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# A server that stops refuses calls until none came for so long, in so many rounds at most: see `serving.services.gate`.
+_QUIET_S = 0.05
+_ROUNDS = 20
 
 
 class Server:
     """A gRPC server over a repository. Listens from `start` on, and is READY when `load` has returned."""
 
     def __init__(self, config: ServerConfig, member: Member | None = None) -> None:
-        """With `member`, one process of several that share the port."""
+        """Read the certificates and tokens. With `member`, one process of several that share the port.
+
+        Raises:
+            StartupError: a file of them is wrong.
+        """
         self._config = config
         self.repository = Repository(config)
         self._rpcs = Rpcs()
-        self._stopping = False
         self._metrics: Endpoint | None = None
         self._polling: asyncio.Task[None] | None = None
         self._local = Local(self.repository, self._report, self._show, self.snapshot)
         self._member = member
         self._taken_over: set[tuple[str, str]] | None = None  # names and versions to serve, as others do
         self._control: Control = member or self._local
-        self._showing = asyncio.Lock()
         self._shown: set[str] = set()  # the models that the health service was told of
-        self._health = health.aio.HealthServicer()
+        self._health = HealthService()
+        self._gate = Gate()
+        self._tls = tls(config)
+        self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._server = grpc.aio.server(
+            interceptors=[self._guard] if self._guard else None,
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
                 ("grpc.so_reuseport", 1 if member else 0),
-            ]
+            ],
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
         open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
-        protocol = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
         self._server.add_generic_rpc_handlers(
             (
-                handler(self._classifier, _CLASSIFIER, self._rpcs),
-                handler(open_inference_service, protocol, self._rpcs),
+                # The health service goes on being answered when the gate is closed.
+                handler(self._health, _HEALTH, self._rpcs, self._gate),
+                self._gate,
+                handler(self._classifier, _CLASSIFIER, self._rpcs, self._gate),
+                handler(open_inference_service, _PROTOCOL, self._rpcs, self._gate),
             )
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, _reflected()
+            (*SERVICES, _HEALTH.full_name, reflection.SERVICE_NAME), self._server, _reflected()
         )
 
     async def start(self) -> str:
@@ -97,7 +111,10 @@ class Server:
             self.repository.scan()
             self._join()
         try:
-            port = self._server.add_insecure_port(self._config.address)
+            if self._tls:
+                port = self._server.add_secure_port(self._config.address, self._tls.credentials)
+            else:
+                port = self._server.add_insecure_port(self._config.address)
         except RuntimeError as error:
             raise cannot_listen(self._config.address) from error
         self._serve_metrics()
@@ -138,7 +155,7 @@ class Server:
 
     def snapshot(self) -> Snapshot:
         """The server as it stands, for its metrics; from any thread."""
-        return collect(self.repository, self._rpcs, ready=self.repository.ready() and not self._stopping)
+        return collect(self.repository, self._rpcs, ready=self.repository.ready())
 
     async def load(self) -> None:
         """Load every model and report what became READY.
@@ -175,35 +192,68 @@ class Server:
 
     async def _show(self, readiness: Readiness) -> None:
         """Tell the health service: "" and the services are as the server is, and each model under its name."""
-        async with self._showing:  # the last to come must be the last to be shown
-            for service in ("", *SERVICES):
-                await self._health.set(service, SERVING if readiness.server else NOT_SERVING)
-            for name in {*readiness.models, *self._shown}:
-                await self._health.set(name, SERVING if readiness.models.get(name) else NOT_SERVING)
-            self._shown = set(readiness.models)
+        for service in ("", *SERVICES):
+            self._health.set(service, readiness.server)
+        for name in {*readiness.models, *self._shown}:
+            self._health.set(name, bool(readiness.models.get(name)))
+        self._shown = set(readiness.models)
 
-    async def stop(self) -> None:
-        """Report NOT_SERVING, let running requests finish for at most `drain_s` seconds, then close the models."""
-        self._stopping = True
+    def reload(self) -> None:
+        """Read the certificates and tokens again; those that are wrong now stay as they were."""
+        for source in (self._tls, self._guard):
+            if source:
+                source.files.reload()
+
+    def security(self) -> str:
+        """How calls are protected, for the log."""
+        transport = "plain text" if self._tls is None else "mutual TLS" if self._config.tls_client_ca else "TLS"
+        return f"{transport}, {'tokens' if self._guard else 'no tokens'}"
+
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
+        """Report that the server is not ready, answer on for `drain_delay_s`, let what runs finish, close the models.
+
+        What is not finished `drain_s` seconds after new calls are refused, or when `hurry` is set, is cancelled.
+        A second time, nothing is left to do.
+        """
+        if self._gate.closed:
+            return
+        hurry = hurry or asyncio.Event()
         if self._polling:
             self._polling.cancel()
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(self._config.drain_s)
+        self.repository.retire()
+        self._health.stop()
+        await _pause(self._config.drain_delay_s, hurry)
+        self._gate.close()
+        for _ in range(_ROUNDS):
+            refused = self._gate.refused
+            await _pause(_QUIET_S, hurry)
+            if self._gate.refused == refused:
+                break
+        self._health.close()
+        finishing = asyncio.create_task(self._server.stop(self._config.drain_s))
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait({finishing, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not finishing.done():
+            logger.warning("stopping at once: requests that still run are aborted")
+            await self._server.stop(None)
+        await finishing
         await asyncio.to_thread(self._classifier.close)
         await asyncio.to_thread(self.repository.close)
         if self._metrics:
             await asyncio.to_thread(self._metrics.close)
 
-    async def hurry(self) -> None:
-        """Abort the requests that still run while `stop` waits for them."""
-        await self._server.stop(None)
+
+async def _pause(seconds: float, hurry: asyncio.Event) -> None:
+    """Wait, but not when in a hurry."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(hurry.wait(), seconds)
 
 
 def _reflected() -> DescriptorPool:
     """Everything that reflection tells of, in one pool: the protocol's own messages are in none of the others'."""
     pool = DescriptorPool()
-    protocol = open_inference.POOL.FindServiceByName(open_inference.SERVICE).file
-    for file in (classifier_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR, protocol):
+    for file in (classifier_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR, _PROTOCOL.file):
         pool.AddSerializedFile(file.serialized_pb)
     return pool
 
@@ -231,8 +281,8 @@ async def serve_here(config: ServerConfig, member: Member | None = None) -> None
         member: for one process of several; its supervisor stops it.
     """
     stop = member.stop if member else Stop()
-    _on_signals(stop, member is not None)
     server = Server(config, member)
+    _on_signals(server, stop, member is not None)
     if member and member.role.models:
         server.take_over(member.role.models)
     try:
@@ -242,11 +292,15 @@ async def serve_here(config: ServerConfig, member: Member | None = None) -> None
         if starting.done():
             await starting  # raises what starting raised
         await asked
-        logger.info("stopping: running requests may finish for %g s", config.drain_s)
+        logger.info(
+            "stopping: answering on for %g s, then running requests may finish for %g s; a second signal ends it",
+            *(config.drain_delay_s, config.drain_s),
+        )
+    except BaseException:
+        stop.asked_again.set()  # nobody is served
+        raise
     finally:
-        hurrying = asyncio.create_task(_hurry(server, stop))
-        await server.stop()
-        hurrying.cancel()
+        await server.stop(stop.asked_again)
     logger.info("stopped")
 
 
@@ -256,7 +310,7 @@ async def _start(server: Server, config: ServerConfig, member: Member | None) ->
         await server.start()
     else:  # whoever connects can ask how far it is
         address = await server.start()
-        logger.info("listening on %s, loading models from %s", address, config.repository)
+        logger.info("listening on %s (%s), loading models from %s", address, server.security(), config.repository)
         await server.load()
     gc.freeze()  # what is there by now stays: the collector need not look through it again and again
     if member:
@@ -265,18 +319,15 @@ async def _start(server: Server, config: ServerConfig, member: Member | None) ->
         logger.info("%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address)
 
 
-async def _hurry(server: Server, stop: Stop) -> None:
-    await stop.asked_again.wait()
-    logger.warning("stopping at once: requests that still run are aborted")
-    await server.hurry()
-
-
-def _on_signals(stop: Stop, is_worker: bool) -> None:
-    """SIGTERM and SIGINT ask to stop, and ask again.
+def _on_signals(server: Server, stop: Stop, is_worker: bool) -> None:
+    """SIGTERM and SIGINT ask to stop, and ask again; SIGHUP has certificates and tokens read again.
 
     A worker is hurried by its supervisor alone: a signal may reach both, from a service manager that signals every
     process of a group, and then counts once.
     """
-    if sys.platform != "win32":  # there, Ctrl-C raises KeyboardInterrupt
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.asked.set if is_worker else stop.ask)
+    if sys.platform == "win32":  # there, Ctrl-C raises KeyboardInterrupt
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.asked.set if is_worker else stop.ask)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)

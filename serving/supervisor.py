@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import sys
 import time
@@ -27,7 +28,7 @@ QUICK_END_S = 10.0  # a worker that lives longer is replaced at once when it end
 FIRST_PAUSE_S = 0.5  # before a worker that ended so quickly twice in a row is replaced; doubled from then on
 LONGEST_PAUSE_S = 30.0
 ANSWER_S = 10.0  # within which a worker that is asked has to answer
-END_S = 10.0  # beyond `drain_s`, within which a worker that is stopped has to end
+END_S = 10.0  # beyond `drain_delay_s` and `drain_s`, within which a worker that is stopped has to end
 
 
 @dataclass
@@ -83,12 +84,17 @@ class Supervisor:
         self.stop.asked.set()
         for worker in self._workers.values():
             worker.channel.tell("stop")
-        await asyncio.wait(keeping, timeout=self._config.drain_s + END_S)
+        await asyncio.wait(keeping, timeout=self._config.drain_delay_s + self._config.drain_s + END_S)
         for worker in self._workers.values():
             logger.error("%s does not end, and is killed", worker)
             worker.process.kill()
         hurrying.cancel()
         await asyncio.gather(*first, *keeping)
+
+    def reload(self) -> None:
+        """Have every worker read its certificates and tokens again."""
+        for worker in self._joined():
+            worker.process.send_signal(signal.SIGHUP)
 
     async def ask(self, method: str, *arguments: Any) -> list[Any]:
         """Call what every worker offers by a name, and gather the answers; one that dies meanwhile is left out.

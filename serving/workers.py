@@ -45,6 +45,7 @@ async def _supervise(config: ServerConfig, count: int) -> None:
         supervisor = Supervisor(config, count)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, supervisor.stop.ask)
+        loop.add_signal_handler(signal.SIGHUP, supervisor.reload)
         logger.info("%d workers on %s load models from %s", count, config.address, config.repository)
         with contextlib.ExitStack() as ending:
             if config.metrics_port is not None:
