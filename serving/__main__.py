@@ -20,7 +20,9 @@ from serving.config import ServerConfig
 from serving.credentials import Credentials, read_tokens
 from serving.errors import InvalidArgument, ParityserveError
 from serving.images import Polarity
+from serving.machine import worker_count
 from serving.options import add_options, given
+from serving.workers import supervise
 
 logger = logging.getLogger("serving")  # __name__ is __main__ here
 
@@ -129,9 +131,13 @@ def _serve(options: argparse.Namespace) -> int:
     if options.show_config:
         print(sources.show(config, origins))  # noqa: T201
         return 0
-    from serving.server import serve  # the other commands need no ONNX Runtime
+    count = worker_count(config)
+    if count > 1:
+        supervise(config, count)
+    else:
+        from serving.server import serve  # no other command needs ONNX Runtime, nor does a supervisor
 
-    serve(config)
+        serve(config)
     return 0
 
 

@@ -41,6 +41,11 @@ NO_CREDENTIALS = Credentials()
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Each client has a connection of its own: by default all in a process share one, and a server of several workers
+    # answers all that comes over one connection with one of them.
+    ("grpc.use_local_subchannel_pool", 1),
+    # A request is kept until it is answered: by default one of more than 256 KiB would not be tried again.
+    ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
     # https://github.com/grpc/grpc/blob/master/doc/service_config.md
     (
         "grpc.service_config",

@@ -31,6 +31,9 @@ class ServerConfig(BaseModel):
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        1, description="processes that share the port, on Linux; auto: one a core, one on CUDA"
+    )
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 for any free one; none if not given"
     )
@@ -63,7 +66,9 @@ class ServerConfig(BaseModel):
     device: DeviceSpec = Field(
         "auto", description="auto, cpu, cuda or cuda:N; cuda never falls back, auto does, with one warning"
     )
-    threads: int = Field(1, ge=1, le=256, description="threads that the model may use for one run on the CPU")
+    threads: int = Field(
+        1, ge=1, le=256, description="threads that the model may use for one run on the CPU, in each worker"
+    )
     max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
     max_queue: int = Field(1024, ge=1, description="most requests that wait or run for one model")
     max_queue_bytes: int = Field(256 << 20, ge=1, description="most bytes of the inputs that wait or run for one model")
@@ -112,6 +117,11 @@ class ServerConfig(BaseModel):
         if host is not None and info.data.get("metrics_port", 0) is None:
             raise ValueError("needs --metrics-port too")
         return host
+
+    @property
+    def address(self) -> str:
+        """Where to listen, host:port."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @model_validator(mode="after")
     def _together(self) -> Self:

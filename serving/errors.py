@@ -87,6 +87,13 @@ class StartupError(ParityserveError):
     """The server cannot start; the text says why and what to do."""
 
 
+def cannot_listen(address: str) -> StartupError:
+    """What to raise when `address`, host:port, cannot be listened on."""
+    return StartupError(
+        f"cannot listen on {address}: in use, or not this machine's address; choose another with --port"
+    )
+
+
 STATUS: dict[type[RequestError], grpc.StatusCode] = {
     InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,

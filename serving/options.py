@@ -33,6 +33,8 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
             arguments["choices"] = get_args(kind)
         elif get_origin(kind) is tuple:
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}
+        elif get_origin(kind) is Union:  # of a word and a number
+            arguments["metavar"] = "N|auto"
         else:
             arguments["metavar"] = _METAVARS.get(kind, "PATH")
         parser.add_argument(flag(model, name), dest=name, **arguments)

@@ -69,13 +69,33 @@ class Repository(Catalog):
             for number in selected:
                 self._note(Status(name, str(number), State.LOADING))
 
+    def adopt(self, statuses: Iterable[Status]) -> None:
+        """Instead of `scan`: note as LOADING the versions that another repository serves, newest or not.
+
+        With `model_control` poll the folder says what to serve, as at any time.
+
+        Args:
+            statuses: what its `statuses` gave, without what runs there.
+
+        Raises:
+            BundleError: as `scan`.
+        """
+        if self._config.model_control == "poll":
+            self.scan()
+            return
+        for status in statuses:
+            ready = status.state is State.READY
+            self._note(replace(status, state=State.LOADING, reason="") if ready else status)
+        explicit = self._config.model_control == "explicit"
+        self._wanted = set(self._config.models or (() if explicit else self._models))
+
     def load_all(self) -> None:
-        """Load every version noted by `scan`; one that may not be served becomes UNAVAILABLE with the reason.
+        """Load every version noted as LOADING; one that may not be served becomes UNAVAILABLE with the reason.
 
         Raises:
             DeviceError: the device asked for cannot be used.
         """
-        for name in sorted(self._wanted):
+        for name in sorted({*self._wanted, *self._models}):
             with self._changing:
                 for status in self._model(name).statuses.values():
                     if status.state is State.LOADING and not self._closed:  # no client was quicker

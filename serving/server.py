@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import gc
 import logging
+import pickle
 import signal
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -17,8 +19,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import classifier_pb2, open_inference
 from serving.config import ServerConfig
-from serving.errors import StartupError
-from serving.repository import Repository, State
+from serving.control import Control, Local, Member, Readiness, Stop
+from serving.errors import StartupError, cannot_listen
+from serving.repository import UNLOADED, Repository, State
 from serving.security import TokenGuard, tls
 from serving.services import handler
 from serving.services.classifier import ClassifierService
@@ -38,6 +41,8 @@ else:
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
 _PROTOCOL = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -53,8 +58,8 @@ _INT_MAX = 2**31 - 1
 class Server:
     """A gRPC server over a repository. Listens from `start` on, and is READY when `load` has returned."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Read the certificates and tokens.
+    def __init__(self, config: ServerConfig, member: Member | None = None) -> None:
+        """Read the certificates and tokens. With `member`, one process of several that share the port.
 
         Raises:
             StartupError: a file of them is wrong.
@@ -64,17 +69,21 @@ class Server:
         self._rpcs = Rpcs()
         self._metrics: Endpoint | None = None
         self._polling: asyncio.Task[None] | None = None
-        self._reported: set[str] = set()  # the models that the health service was told of
+        self._local = Local(self.repository, self._report, self._show, self.snapshot)
+        self._member = member
+        self._taken_over: set[tuple[str, str]] | None = None  # names and versions to serve, as others do
+        self._control: Control = member or self._local
+        self._shown: set[str] = set()  # the models that the health service was told of
         self._health = HealthService()
         self._gate = Gate()
         self._tls = tls(config)
         self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._server = grpc.aio.server(
             interceptors=[self._guard] if self._guard else None,
-            options=_options(config),
+            options=_options(config, shared_port=member is not None),
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
-        open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._report)
+        open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
         shared = (self._rpcs, self._gate, config.max_message_bytes)
         self._server.add_generic_rpc_handlers(
             (
@@ -96,32 +105,46 @@ class Server:
             StartupError: the address cannot be listened on.
             BundleError: the repository has nothing to serve.
         """
-        self.repository.scan()
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        address = f"{host}:{self._config.port}"
+        if self._taken_over is None:
+            self.repository.scan()
+            self._join()
         try:
             if self._tls:
-                port = self._server.add_secure_port(address, self._tls.credentials)
+                port = self._server.add_secure_port(self._config.address, self._tls.credentials)
             else:
-                port = self._server.add_insecure_port(address)
+                port = self._server.add_insecure_port(self._config.address)
         except RuntimeError as error:
-            raise StartupError(
-                f"cannot listen on {address}: in use, or not this machine's address; choose another with --port"
-            ) from error
+            raise cannot_listen(self._config.address) from error
         self._serve_metrics()
         await self._report()
         await self._server.start()
-        return f"{host}:{port}"
+        return self._config.model_copy(update={"port": port}).address
+
+    def take_over(self, models: bytes) -> None:
+        """Before `load`, which then comes before `start`: serve what the other processes of the server do.
+
+        Args:
+            models: what the `Local.models` of one of them gave.
+
+        Raises:
+            BundleError: the repository has nothing to serve.
+        """
+        statuses = pickle.loads(models)
+        self._taken_over = {(status.name, status.version) for status in statuses if status.state is State.READY}
+        self.repository.adopt(statuses)
+        self._join()
+
+    def _join(self) -> None:
+        """From here on, what concerns all processes reaches this one: its repository knows what it should have."""
+        if self._member:
+            self._member.join(self._local)
 
     def _serve_metrics(self) -> None:
-        if self._config.metrics_port is None:
+        if self._config.metrics_port is None or self._member:  # the supervisor has them for all
             return
-        from serving.metrics import Endpoint  # a server without it saves the time and memory of the libraries
+        from serving.metrics import start  # a server without it saves the time and memory of the libraries
 
-        self._metrics = Endpoint(
-            self._config.metrics_host or self._config.host, self._config.metrics_port, self.snapshot
-        )
-        logger.info("metrics on http://%s/metrics", self._metrics.address)
+        self._metrics = start(self._config, self._config.metrics_port, self.snapshot)
 
     @property
     def metrics_address(self) -> str | None:
@@ -137,13 +160,16 @@ class Server:
 
         Raises:
             DeviceError: the device asked for cannot be used.
-            StartupError: not one model may be served.
+            StartupError: not one model may be served; or, having taken over, not every one that the others serve.
         """
         await asyncio.to_thread(self.repository.load_all)
         statuses = self.repository.statuses()
-        if statuses and not any(status.state is State.READY for status in statuses):
-            reasons = "; ".join(f"{status.name} version {status.version}: {status.reason}" for status in statuses)
-            raise StartupError(f"no model may be served: {reasons}")
+        failed = [status for status in statuses if status.state is State.UNAVAILABLE and status.reason != UNLOADED]
+        if self._taken_over is not None:
+            failed = [status for status in failed if (status.name, status.version) in self._taken_over]
+        if failed and (self._taken_over is not None or not any(status.state is State.READY for status in statuses)):
+            reasons = "; ".join(f"{status.name} version {status.version}: {status.reason}" for status in failed)
+            raise StartupError(f"{'no' if self._taken_over is None else 'not every'} model may be served: {reasons}")
         await self._report()
         if self._config.model_control == "poll":
             self._polling = asyncio.create_task(self._poll())
@@ -159,14 +185,16 @@ class Server:
                 logger.exception("unexpected error while looking for new versions")
 
     async def _report(self) -> None:
-        """Tell the health service: "" and the services are SERVING when every model is, each model under its name."""
-        ready = self.repository.ready()
+        """Have the models' states shown, after they changed."""
+        await self._control.report()
+
+    async def _show(self, readiness: Readiness) -> None:
+        """Tell the health service: "" and the services are as the server is, and each model under its name."""
         for service in ("", *SERVICES):
-            self._health.set(service, ready)
-        answering = self.repository.answering()
-        for name in {*answering, *self._reported}:
-            self._health.set(name, bool(answering.get(name)))
-        self._reported = set(answering)
+            self._health.set(service, readiness.server)
+        for name in {*readiness.models, *self._shown}:
+            self._health.set(name, bool(readiness.models.get(name)))
+        self._shown = set(readiness.models)
 
     def reload(self) -> None:
         """Read the certificates and tokens again; those that are wrong now stay as they were."""
@@ -205,6 +233,7 @@ class Server:
         await asyncio.wait({finishing, hurried}, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
         if not finishing.done():
+            logger.warning("stopping at once: requests that still run are aborted")
             await self._server.stop(None)
         await finishing
         await asyncio.to_thread(self._classifier.close)
@@ -219,13 +248,14 @@ async def _pause(seconds: float, hurry: asyncio.Event) -> None:
         await asyncio.wait_for(hurry.wait(), seconds)
 
 
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
+def _options(config: ServerConfig, shared_port: bool) -> list[tuple[str, int]]:
     """gRPC's settings: https://grpc.github.io/grpc/core/group__grpc__arg__keys.html."""
     options = {
         # A message over our limit is refused by us, in words that help; gRPC only guards the memory.
         "grpc.max_receive_message_length": min(2 * config.max_message_bytes, _INT_MAX),
         "grpc.max_send_message_length": config.max_message_bytes,
-        "grpc.so_reuseport": 0,  # a port in use is an error, not a second server on it
+        # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
+        "grpc.so_reuseport": int(shared_port),
         "grpc.keepalive_time_ms": _ms(config.keepalive_time_s),
         "grpc.keepalive_timeout_ms": _ms(config.keepalive_timeout_s),
         "grpc.keepalive_permit_without_calls": 1,  # pings find dead connections that have no calls too
@@ -251,44 +281,75 @@ def _reflected() -> DescriptorPool:
 
 
 def serve(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain, until a second one; on the fastest event loop that there is.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the draining short.
 
     Raises:
         StartupError, DeviceError, BundleError: the server cannot start.
     """
+    run(serve_here(config))
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine on the fastest event loop that there is."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(config))
+        return runner.run(main)
 
 
-async def _serve(config: ServerConfig) -> None:
-    stopping, hurry = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    if sys.platform != "win32":  # there, Ctrl-C raises KeyboardInterrupt
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, lambda: (hurry if stopping.is_set() else stopping).set())
-    server = Server(config)
-    if hasattr(signal, "SIGHUP"):
-        loop.add_signal_handler(signal.SIGHUP, server.reload)
+async def serve_here(config: ServerConfig, member: Member | None = None) -> None:
+    """As `serve`, on the loop that runs.
+
+    Args:
+        config: every setting.
+        member: for one process of several; its supervisor stops it.
+    """
+    stop = member.stop if member else Stop()
+    server = Server(config, member)
+    _on_signals(server, stop, member is not None)
+    if member and member.role.models:
+        server.take_over(member.role.models)
     try:
-        address = await server.start()
-        logger.info("listening on %s (%s), loading models from %s", address, server.security(), config.repository)
-        loading = asyncio.create_task(server.load())
-        stop = asyncio.create_task(stopping.wait())
-        await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            await loading  # raises what the load raised
-            gc.freeze()  # what is there by now stays: the collector need not look through it again and again
-            logger.info(
-                "%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address
-            )
-        await stop
+        starting = asyncio.create_task(_start(server, config, member))
+        asked = asyncio.create_task(stop.asked.wait())
+        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting  # raises what starting raised
+        await asked
         logger.info(
             "stopping: answering on for %g s, then running requests may finish for %g s; a second signal ends it",
             *(config.drain_delay_s, config.drain_s),
         )
     except BaseException:
-        hurry.set()  # nobody is served
+        stop.asked_again.set()  # nobody is served
         raise
     finally:
-        await server.stop(hurry)
+        await server.stop(stop.asked_again)
     logger.info("stopped")
+
+
+async def _start(server: Server, config: ServerConfig, member: Member | None) -> None:
+    if member and member.role.models:  # in place of one that died: whoever is connected to it finds it READY
+        await server.load()
+        await server.start()
+    else:  # whoever connects can ask how far it is
+        address = await server.start()
+        logger.info("listening on %s (%s), loading models from %s", address, server.security(), config.repository)
+        await server.load()
+    gc.freeze()  # what is there by now stays: the collector need not look through it again and again
+    if member:
+        await member.started()
+    else:
+        logger.info("%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address)
+
+
+def _on_signals(server: Server, stop: Stop, is_worker: bool) -> None:
+    """SIGTERM and SIGINT ask to stop, and ask again; SIGHUP has certificates and tokens read again.
+
+    A worker is hurried by its supervisor alone: a signal may reach both, from a service manager that signals every
+    process of a group, and then counts once.
+    """
+    if sys.platform == "win32":  # there, Ctrl-C raises KeyboardInterrupt
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.asked.set if is_worker else stop.ask)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
