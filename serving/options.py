@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
             arguments["choices"] = get_args(kind)
         elif get_origin(kind) is tuple:
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}
-        elif get_origin(kind) is Union:  # of a word and a number
+        elif get_origin(kind) in (types.UnionType, Union):  # of a word and a number
             arguments["metavar"] = "N|auto"
         else:
             arguments["metavar"] = _METAVARS.get(kind, "PATH")
@@ -43,9 +43,8 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
 def kind_of(model: type[BaseModel], name: str) -> Any:
     """A field's type, without the None of one that may be left out."""
     kind = model.model_fields[name].annotation
-    if get_origin(kind) in (types.UnionType, Union):
-        (kind,) = (part for part in get_args(kind) if part is not type(None))
-    return kind
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    return parts[0] if get_origin(kind) in (types.UnionType, Union) and len(parts) == 1 else kind
 
 
 def flag(model: type[BaseModel], name: str) -> str:
