@@ -84,7 +84,7 @@ class Server:
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
         open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
-        shared = (self._rpcs, self._gate, config.max_message_bytes)
+        shared = (self._rpcs, self._gate, config)
         self._server.add_generic_rpc_handlers(
             (
                 # The health service goes on being answered when the gate is closed.

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from serving import errors
+from serving import errors, logs
 from serving.errors import Unavailable
 
 STOPPING = "the server is stopping; try again, with another one"
@@ -20,11 +20,14 @@ STOPPING = "the server is stopping; try again, with another one"
 Request = TypeVar("Request")
 
 
-def refusal(error: Exception) -> grpc.RpcMethodHandler[Any, Any]:
+def refusal(error: Exception, method: str) -> grpc.RpcMethodHandler[Any, Any]:
     """Ends a call of any kind with the status of `error`, without reading it."""
 
     async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await context.abort(*errors.to_status(error))
+        def about() -> logs.Fields:
+            return logs.about(method, context.peer(), context.invocation_metadata() or ())
+
+        await context.abort(*errors.to_status(error, about))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -35,7 +38,6 @@ class Gate(grpc.GenericRpcHandler):
     def __init__(self) -> None:
         self.closed = False
         self.refused = 0
-        self._refusal = refusal(Unavailable(STOPPING))
         self._open: set[Requests[Any]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
@@ -43,7 +45,7 @@ class Gate(grpc.GenericRpcHandler):
         if not self.closed:
             return None
         self.refused += 1
-        return self._refusal
+        return refusal(Unavailable(STOPPING), handler_call_details.method)
 
     def close(self) -> None:
         """Refuse new calls, and read no more requests from streams: those that were read are answered."""
