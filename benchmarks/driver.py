@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.calls import connect
 from benchmarks.exchanges import Exchange
 from benchmarks.headers import CONNECTION_LOST, Status
-from benchmarks.http2 import Call, Connection, connect, message
+from benchmarks.http2 import Call, Connection, message
 from benchmarks.processes import cpu_s
 from protos import open_inference as pb
 
