@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 the server, a model or the machine is at fault; 2 the comm
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import sys
 from pathlib import Path
@@ -41,14 +40,14 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m serving", description="Serve exported models over gRPC.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve the newest version of every model in a repository")
+    serve = commands.add_parser("serve", help="serve the models in a repository")
     add_options(serve, ServerConfig)
     serve.set_defaults(command=_serve)
 
     predict = commands.add_parser("predict", help="classify picture files on a running server")
     predict.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, WebP, GIF or BMP, of any size")
     predict.add_argument("--model", default="", help="its name; needed when the server has several")
-    predict.add_argument("--version", default="", help="a version number; the newest when not given")
+    predict.add_argument("--version", default="", help="a version number; the newest that is ready when not given")
     predict.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to list (default: 3)")
     predict.add_argument(
         "--polarity",
@@ -90,7 +89,7 @@ def _serve(options: argparse.Namespace) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     config = parse(ServerConfig, options)
-    asyncio.run(serve(config))
+    serve(config)
     return 0
 
 

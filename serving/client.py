@@ -99,7 +99,7 @@ class ModelInfo:
 
     name: str
     version: str
-    state: str  # READY, LOADING, UNAVAILABLE
+    state: str  # READY, LOADING, UNLOADING, UNAVAILABLE
     reason: str
     dataset: str
     labels: tuple[str, ...]

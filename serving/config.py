@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from serving.versions import VersionPolicy
 
 DEFAULT_PORT = 8001
 MAX_MESSAGE_BYTES = 64 << 20
 
 BackendName = Literal["onnx", "torchscript"]
 DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+def _policy(text: str) -> str:
+    VersionPolicy.parse(text)
+    return text
 
 
 class ServerConfig(BaseSettings):
@@ -24,9 +31,19 @@ class ServerConfig(BaseSettings):
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
-    model_control: Literal["none", "explicit"] = Field(
-        "none", description="none: what is there at the start; explicit: clients load and unload models"
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 for any free one; none if not given"
     )
+    metrics_host: str | None = Field(None, description="address for the metrics; that of --host if not given")
+    version_policy: Annotated[str, AfterValidator(_policy)] = Field(
+        "latest", description="which versions of a model to serve: latest, latest:N, all, or specific:N,N"
+    )
+    model_control: Literal["none", "explicit", "poll"] = Field(
+        "none",
+        description="none: what is there at the start; explicit: clients load and unload models; "
+        "poll: what is there at any time",
+    )
+    poll_s: float = Field(5.0, gt=0, description="seconds between two looks at the repository, with poll")
     allow_unverified: bool = Field(
         False, description="serve plain <model>/<version>/model.onnx too, which no golden answers vouch for"
     )
@@ -38,6 +55,11 @@ class ServerConfig(BaseSettings):
     threads: int = Field(1, ge=1, le=256, description="threads that the model may use for one run on the CPU")
     max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
     max_queue: int = Field(1024, ge=1, description="most requests that wait or run for one model")
+    max_queue_bytes: int = Field(256 << 20, ge=1, description="most bytes of the inputs that wait or run for one model")
+    max_queue_delay_us: int = Field(
+        0, ge=0, le=10_000_000, description="microseconds that a batch may wait for more requests; 0 for none"
+    )
+    instances: int = Field(1, ge=1, le=64, description="threads that run a model at once, each with --threads")
     max_message_bytes: int = Field(
         MAX_MESSAGE_BYTES, ge=1 << 12, le=(1 << 31) - 1, description="largest request accepted"
     )
@@ -49,3 +71,10 @@ class ServerConfig(BaseSettings):
     drain_s: float = Field(
         10.0, ge=0, description="seconds that running requests get to finish when the server is stopped"
     )
+
+    @field_validator("metrics_host")
+    @classmethod
+    def _metrics_have_a_port(cls, host: str | None, info: ValidationInfo) -> str | None:
+        if host is not None and info.data.get("metrics_port", 0) is None:
+            raise ValueError("needs --metrics-port too")
+        return host

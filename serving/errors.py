@@ -46,7 +46,11 @@ class Unavailable(RequestError):
 
 
 class QueueFull(RequestError):
-    """The server has more waiting requests than it accepts."""
+    """The server has more waiting requests than it accepts; `retry_s` tells when it may have room again, seconds."""
+
+    def __init__(self, message: str, retry_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class DeadlineExceeded(RequestError):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+_METAVARS: dict[Any, str] = {int: "N", int | None: "N", float: "X", str: "TEXT", str | None: "TEXT"}
 
 
 def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: list[str] | None = None) -> None:

@@ -1,14 +1,17 @@
 """The scheduler by itself: what is batched, in which order, and what never runs."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from serving.errors import DeadlineExceeded, QueueFull, Unavailable
-from serving.scheduler import Scheduler
+from serving.scheduler import Limits, Queue, Request, Scheduler
 from serving.statistics import Statistics
 
 
@@ -36,7 +39,7 @@ def scheduled(scenario, model, *, max_batch_size=8, max_queue=100):
     statistics = Statistics()
 
     async def run():
-        scheduler = Scheduler("m", model.run, statistics, max_batch_size, max_queue)
+        scheduler = Scheduler("m", model.run, statistics, Limits(max_batch_size, max_queue))
         try:
             await scenario(scheduler)
         finally:
@@ -142,7 +145,7 @@ def test_expired_and_cancelled_requests_never_run():
     model = Model(held=True)
 
     async def scenario(scheduler):
-        soon = time.monotonic() + 0.05
+        soon = time.monotonic_ns() + 50_000_000
         tasks = await enqueued(scheduler, model, [rows(0)], [rows(1), soon], [rows(2)], [rows(3)])
         tasks[2].cancel()
         await asyncio.sleep(0.06)
@@ -182,7 +185,7 @@ def test_who_goes_away_leaves_no_request_behind():
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        assert not scheduler._queue
+        assert len(scheduler.queue) <= 1  # who left makes room when it is needed
         model.released.set()
         await first
 
@@ -206,6 +209,15 @@ def test_closing_answers_those_who_wait_and_refuses_the_rest():
     scheduled(scenario, model)
 
 
+def test_one_that_is_closed_before_its_first_request_refuses_it():
+    async def scenario(scheduler):
+        await asyncio.to_thread(scheduler.close)
+        with pytest.raises(Unavailable, match="model m is being unloaded"):
+            await asyncio.wait_for(scheduler.infer(rows(3)), 10)
+
+    scheduled(scenario, Model())
+
+
 def test_any_interleaving_gives_each_caller_its_own_rows():
     rng = np.random.default_rng(0)
     model = Model()
@@ -225,3 +237,163 @@ def test_any_interleaving_gives_each_caller_its_own_rows():
     assert sum(size * batch.compute_infer.count for size, batch in statistics.batches.items()) == sum(
         map(len, model.batches)
     )
+
+
+class Clock:
+    """Shows the time that it is set to, nanoseconds."""
+
+    now = 0
+
+    def __call__(self):
+        return self.now
+
+
+def waiting(queue, clock, *values, deadline_ns=float("inf")):
+    """A request that waits in the queue."""
+    request = Request(rows(*values), len(values), deadline_ns, clock())
+    request.future = Future()
+    queue.add(request)
+    return request
+
+
+def queue_with(clock, **limits):
+    statistics = Statistics()
+    return Queue("m", Limits(**{"max_batch_size": 8, **limits}), statistics, clock), statistics
+
+
+def test_a_batch_waits_for_more_as_long_as_it_may_and_never_when_full():
+    clock = Clock()
+    queue, _ = queue_with(clock, max_batch_size=4, max_delay_us=100)
+    assert queue.wait_ns() == 0  # there is nothing to run
+    waiting(queue, clock, 1)
+    clock.now = 30_000
+    waiting(queue, clock, 2)
+    assert queue.wait_ns() == 70_000  # from when the first came
+    clock.now = 100_000
+    assert queue.wait_ns() == 0
+    clock.now = 30_000
+    waiting(queue, clock, 3, 4)
+    assert queue.wait_ns() == 0  # four rows are all it takes
+    assert queue.take().rows == 4
+
+
+def test_without_a_delay_nothing_waits():
+    clock = Clock()
+    queue, _ = queue_with(clock)
+    waiting(queue, clock, 1)
+    assert queue.wait_ns() == 0
+
+
+def test_deadlines_are_kept_to_the_nanosecond_and_counted():
+    clock = Clock()
+    queue, statistics = queue_with(clock)
+    clock.now = 1000
+    with pytest.raises(DeadlineExceeded, match="the deadline passed before the model ran"):
+        waiting(queue, clock, 1, deadline_ns=1000)
+    late, good = waiting(queue, clock, 2, deadline_ns=2000), waiting(queue, clock, 3, deadline_ns=2001)
+    clock.now = 2000
+    assert queue.take().requests == [good]
+    assert isinstance(late.future.exception(), DeadlineExceeded)
+    assert statistics.drops == {"expired": 2}
+
+
+def test_the_queue_is_bounded_by_bytes_too_and_says_when_to_try_again():
+    clock = Clock()
+    queue, statistics = queue_with(clock, max_queue_bytes=16)  # four rows of one float32
+    waiting(queue, clock, 1, 2, 3)
+    clock.now = 500_000_000
+    with pytest.raises(QueueFull, match=r"12 bytes wait already, 8 more are over the 16 .*--max-queue-bytes") as full:
+        waiting(queue, clock, 4, 5)
+    assert full.value.retry_s == 0.5  # as long as the first has waited
+    waiting(queue, clock, 4)
+    queue.finished(queue.take())
+    waiting(queue, clock, 1, 2, 3, 4, 5)  # more than fits, and nothing else is there: it may run
+    assert statistics.drops == {"queue_bytes": 1}
+
+
+def test_who_left_and_who_is_late_make_room_when_it_is_needed():
+    clock = Clock()
+    queue, statistics = queue_with(clock, max_queue=2)
+    waiting(queue, clock, 1).future.cancel()
+    waiting(queue, clock, 2, deadline_ns=10)
+    clock.now = 10
+    first, second = waiting(queue, clock, 3), waiting(queue, clock, 4)
+    assert statistics.drops == {"cancelled": 1, "expired": 1}
+    batch = queue.take()
+    assert batch.requests == [first, second]
+    with pytest.raises(QueueFull):  # those that run count too
+        waiting(queue, clock, 5)
+    queue.finished(batch)
+    assert (queue.nbytes, queue.running, len(queue)) == (0, 0, 0)
+    assert statistics.drops["queue_full"] == 1
+
+
+def test_several_instances_run_at_once():
+    model = Model(held=True)
+    running = threading.Semaphore(0)
+
+    def run(inputs):
+        running.release()
+        return model.run(inputs)
+
+    async def scenario():
+        scheduler = Scheduler("m", run, Statistics(), Limits(max_batch_size=1), instances=2)
+        tasks = [asyncio.create_task(scheduler.infer(rows(value))) for value in (1, 2, 3)]
+        for _ in range(2):
+            assert await asyncio.to_thread(running.acquire, timeout=10)
+        assert not running.acquire(blocking=False)  # the third waits for one of the two
+        model.released.set()
+        assert [answer.outputs["y"].item() for answer in await asyncio.gather(*tasks)] == [2, 4, 6]
+        await asyncio.to_thread(scheduler.close)
+
+    asyncio.run(scenario())
+
+
+def test_batches_are_padded_to_warmed_sizes_and_the_padding_is_nobodys():
+    model = Model(held=True)
+    answered = []
+
+    async def scenario():
+        scheduler = Scheduler("m", model.run, Statistics(), Limits(max_batch_size=8, buckets=(2, 4)))
+        tasks = await enqueued(scheduler, model, [rows(1)], [rows(2, 3)], [rows(4)])
+        model.released.set()
+        answered.extend(answer.outputs["y"].ravel().tolist() for answer in await asyncio.gather(*tasks))
+        whole = await scheduler.infer(rows(1, 2, 3, 4, 5))  # larger than any bucket: as it is
+        answered.append(whole.outputs["y"].ravel().tolist())
+        assert np.frombuffer(whole.raw("y"), np.float32).tolist() == [2, 4, 6, 8, 10]
+        await asyncio.to_thread(scheduler.close)
+
+    asyncio.run(scenario())
+    assert [batch.ravel().tolist() for batch in model.batches] == [[1, 0], [2, 3, 4, 0], [1, 2, 3, 4, 5]]
+    assert answered == [[2], [4, 6], [8], [2, 4, 6, 8, 10]]
+
+
+def test_a_batch_that_may_wait_runs_when_its_time_is_over():
+    model = Model()
+
+    async def scenario():
+        scheduler = Scheduler("m", model.run, Statistics(), Limits(max_batch_size=8, max_delay_us=20_000))
+        first = asyncio.create_task(scheduler.infer(rows(1)))
+        await asyncio.sleep(0.002)
+        second = asyncio.create_task(scheduler.infer(rows(2)))
+        await asyncio.gather(first, second)
+        await asyncio.to_thread(scheduler.close)
+
+    asyncio.run(scenario())
+    assert [batch.ravel().tolist() for batch in model.batches] == [[1, 2]]
+
+
+def test_nothing_is_left_for_the_garbage_collector():
+    model = Model()
+
+    async def scenario(scheduler):
+        await scheduler.infer(rows(1))
+        gc.collect()
+        gc.disable()
+        try:
+            outputs = [weakref.ref((await scheduler.infer(rows(1))).outputs["y"]) for _ in range(20)]
+            assert [output() for output in outputs[:-1]] == [None] * 19  # the thread may still hold the last
+        finally:
+            gc.enable()
+
+    scheduled(scenario, model)

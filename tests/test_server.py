@@ -13,12 +13,13 @@ import onnx
 import pytest
 from conftest import MODEL, edit_manifest, rehash, running
 from google.protobuf import descriptor_pool, message_factory
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
 from test_parity import change_weight
 
-import serving.repository
+import serving.loading
 from protos import classifier_pb2 as pb
 from protos import classifier_pb2_grpc
 from protos import open_inference as pb_oip
@@ -288,14 +289,14 @@ class Held:
 def held(repository, monkeypatch):
     """A server whose model is held: (its address, the backend)."""
     opened = []
-    real = serving.repository.open_backend
+    real = serving.loading.open_backend
 
     def hold(*arguments):
         opened.append(Held(real(*arguments)))
         opened[0].released.set()  # for the golden check
         return opened[0]
 
-    monkeypatch.setattr(serving.repository, "open_backend", hold)
+    monkeypatch.setattr(serving.loading, "open_backend", hold)
     with running(repository, max_queue=1, drain_s=10.0) as server:
         backend = opened[0]
         backend.released.clear()
@@ -312,9 +313,22 @@ def test_a_full_queue_refuses_at_once(held):
         assert backend.started.wait(10)
         with pytest.raises(QueueFull, match="model fashion-mnist: 1 requests wait already"):
             client.predict(GREY)
+        request = pb.PredictRequest(raw=pb.RawImages(pixels=bytes(784)))
+        with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as refused:
+            classifier_pb2_grpc.ClassifierStub(channel).Predict(request, timeout=10)
+        assert _retry_s(refused.value) > 0
         backend.released.set()
         assert len(first.result().predictions) == 2
         assert len(client.predict(GREY).predictions) == 2
+
+
+def _retry_s(refused):
+    """When to try again, seconds, from the details that a status carries."""
+    status = status_pb2.Status.FromString(dict(refused.trailing_metadata())["grpc-status-details-bin"])
+    assert (status.code, status.message) == (refused.code().value[0], refused.details())
+    info = error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    return info.retry_delay.ToTimedelta().total_seconds()
 
 
 def test_a_stopping_server_finishes_what_runs_and_refuses_the_rest(held):
@@ -343,9 +357,9 @@ def health_or_none(address: str) -> int | None:
 
 def test_a_passed_deadline_is_told(repository, monkeypatch):
     """By the protocol's own timeout, since the caller's deadline ends the call at the caller's side."""
-    real = serving.repository.open_backend
+    real = serving.loading.open_backend
     opened = []
-    monkeypatch.setattr(serving.repository, "open_backend", lambda *a: opened.append(Held(real(*a))) or opened[0])
+    monkeypatch.setattr(serving.loading, "open_backend", lambda *a: opened.append(Held(real(*a))) or opened[0])
     threading.Timer(0.1, lambda: opened[0].released.set()).start()
     with (
         running(repository) as server,

@@ -22,6 +22,7 @@ ALLOWED = {"protos": {"protos"}, "serving": {"protos", "serving"}, "trainer": {"
 OWNERS = {
     "onnxruntime": {"serving/backends/onnx.py"},
     "torch": {"serving/backends/torchscript.py"},
+    "prometheus_client": {"serving/metrics.py"},
 }
 
 

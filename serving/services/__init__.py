@@ -1,77 +1,102 @@
 """The gRPC services: each decodes a request, asks the repository and its scheduler, and encodes the answer.
 
 A servicer is a class with one method for each RPC, which takes and gives messages and raises the errors of
-`serving.errors`. `handler` makes it callable over gRPC.
+`serving.errors`. `handler` makes it callable over gRPC. A method marked `@in_bytes` takes and gives their bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
 
 from serving import errors
-from serving.errors import InvalidArgument
+from serving.errors import InvalidArgument, QueueFull
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
-from serving.statistics import Stages
+from serving.statistics import Rpcs, Stages
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+Given = TypeVar("Given", covariant=True)
 
+# Where grpc_status.rpc_status, in every language, looks for what a status has to tell.
+GRPC_DETAILS_METADATA_KEY = "grpc-status-details-bin"
 STREAM_IN_FLIGHT = 64  # requests of one stream that run at once; a client that sends more waits
 
 
-def handler(servicer: object, service: ServiceDescriptor) -> grpc.GenericRpcHandler:
-    """The RPCs of a service, answered by the methods of the same names.
+def in_bytes(method: Method) -> Method:
+    """Mark a servicer's method that takes the bytes of its requests, and gives those of its answers."""
+    method.__dict__["in_bytes"] = True
+    return method
+
+
+def handler(servicer: object, service: ServiceDescriptor, rpcs: Rpcs) -> grpc.GenericRpcHandler:
+    """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`.
 
     Messages are parsed here and not by gRPC, which would answer INTERNAL to one that cannot be parsed.
     """
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
-        request = message_factory.GetMessageClass(method.input_type)
         answer = getattr(servicer, method.name)
+        raw = hasattr(answer, "in_bytes")
+        parsed = bytes if raw else parser(message_factory.GetMessageClass(method.input_type))
+        serialize = None if raw else _serialize
+        count = _counter(rpcs, f"{service.full_name}/{method.name}")
         if method.server_streaming:
             methods[method.name] = grpc.stream_stream_rpc_method_handler(
-                _stream(answer, request), response_serializer=_serialize
+                _stream(answer, parsed, count), response_serializer=serialize
             )
         else:
             methods[method.name] = grpc.unary_unary_rpc_method_handler(
-                _unary(answer, request), response_serializer=_serialize
+                _unary(answer, parsed, count), response_serializer=serialize
             )
     return grpc.method_handlers_generic_handler(service.full_name, methods)
 
 
-def deadline(context: Context) -> float | None:
-    """When the caller stops waiting, in `time.monotonic()` seconds."""
+def deadline(context: Context) -> float:
+    """When the caller stops waiting, in `time.monotonic_ns()` nanoseconds; infinity when never."""
     remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
+    return math.inf if remaining is None else time.monotonic_ns() + 1e9 * remaining
+
+
+class Pending(Protocol[Given]):
+    """An answer that is not there yet: a task, or what costs less."""
+
+    def __await__(self) -> Generator[Any, None, Given]: ...
+
+    def cancel(self) -> object:
+        """Nobody waits for it any more."""
 
 
 async def in_order(
-    requests: AsyncIterator[Request], answer: Callable[[Request], Coroutine[Any, Any, Answer]]
+    requests: AsyncIterator[Request], begin: Callable[[Request], Pending[Answer]]
 ) -> AsyncIterator[Answer]:
     """Answer a stream's requests concurrently, and give the answers in the order of the requests.
 
-    `answer` raises nothing: an error that must not end the stream is an answer too.
+    `begin` and what it gives raise nothing: an error that must not end the stream is an answer too.
     """
-    running: asyncio.Queue[asyncio.Task[Answer] | None] = asyncio.Queue(STREAM_IN_FLIGHT)
+    running: asyncio.Queue[Pending[Answer] | None] = asyncio.Queue(STREAM_IN_FLIGHT)
 
     async def read() -> None:
         try:
             async for request in requests:
-                task = asyncio.create_task(answer(request))
+                pending = begin(request)
                 try:
-                    await running.put(task)
+                    await running.put(pending)
                 except asyncio.CancelledError:
-                    task.cancel()
+                    pending.cancel()
                     raise
         finally:
             await running.put(None)
@@ -120,35 +145,76 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _parse(request: type[Message], data: bytes) -> Any:
-    try:
-        return request.FromString(data)
-    except DecodeError as error:
-        raise InvalidArgument(f"{len(data)} bytes that are not a {request.DESCRIPTOR.full_name}: {error}") from error
+def parser(message: type[Message]) -> Callable[[bytes], Any]:
+    """What makes a message of its bytes, and InvalidArgument of bytes that are none."""
+
+    def parse(data: bytes) -> Any:
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            raise InvalidArgument(
+                f"{len(data)} bytes that are not a {message.DESCRIPTOR.full_name}: {error}"
+            ) from error
+
+    return parse
 
 
-def _unary(answer: Callable[..., Awaitable[Any]], request: type[Message]) -> Callable[..., Awaitable[Any]]:
+def _counter(rpcs: Rpcs, method: str) -> Callable[[str], None]:
+    """Counts an RPC of a method that ended with the status code named."""
+
+    def count(code: str) -> None:
+        rpcs.ended[method, code] += 1
+
+    return count
+
+
+def _unary(
+    answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any], count: Callable[[str], None]
+) -> Callable[..., Awaitable[Any]]:
     async def call(data: bytes, context: Context) -> Any:
         try:
-            return await answer(_parse(request, data), context)
+            response = await answer(parse(data), context)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, count)
+        except BaseException:  # the caller has gone
+            count("CANCELLED")
+            raise
+        count("OK")
+        return response
 
     return call
 
 
-def _stream(answer: Callable[..., AsyncIterator[Any]], request: type[Message]) -> Callable[..., AsyncIterator[Any]]:
+def _stream(
+    answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], Any], count: Callable[[str], None]
+) -> Callable[..., Any]:
     async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in answer((_parse(request, data) async for data in requests), context):
+            async for response in answer((parse(data) async for data in requests), context):
                 yield response
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, count)
+        except BaseException:  # the caller has gone
+            count("CANCELLED")
+            raise
+        count("OK")
 
     return call
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def _abort(context: Context, error: Exception, count: Callable[[str], None]) -> NoReturn:
     """End an RPC with the status of `error`: the only place that does so."""
     code, details = errors.to_status(error)
-    await context.abort(code, details)
+    count(code.name)
+    trailing = _retry_info(code, details, error.retry_s) if isinstance(error, QueueFull) else ()
+    await context.abort(code, details, trailing)
+    raise AssertionError("abort raises")
+
+
+def _retry_info(code: grpc.StatusCode, details: str, retry_s: float) -> tuple[tuple[str, bytes], ...]:
+    """The trailing metadata that tells a client when to try again: google.rpc.RetryInfo, which clients know."""
+    delay = Duration()
+    delay.FromNanoseconds(round(1e9 * retry_s))
+    status = status_pb2.Status(code=code.value[0], message=details)
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return ((GRPC_DETAILS_METADATA_KEY, status.SerializeToString()),)

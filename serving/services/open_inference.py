@@ -7,13 +7,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from protos import open_inference as pb
-from serving import __version__, errors, wire
+from serving import __version__, wire
 from serving.config import ServerConfig
-from serving.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
+from serving.errors import InvalidArgument, NotFound, RequestError, Unavailable, Unimplemented
 from serving.repository import Repository, ServedModel, State
-from serving.services import Context, ask, deadline, in_order
-from serving.statistics import Duration, Stages
+from serving.services import Context, Pending, ask, deadline, in_bytes, in_order, parser
+from serving.services.prepared import PreparedRequests, stream_error
+from serving.statistics import Duration, Rpcs, Stages
 from serving.tensors import TensorSpec
+from serving.versions import VersionPolicy
 
 # https://github.com/triton-inference-server/server/tree/main/docs/protocol: the extensions' names.
 EXTENSIONS = (
@@ -28,17 +30,24 @@ EXTENSIONS = (
 # What Triton calls a model that a backend of ours runs: (platform, backend).
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "torchscript": ("pytorch_libtorch", "pytorch")}
 
+_parse = parser(pb.ModelInferRequest)
+
 _NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled"  # Triton's text, for none too
 
 
 class OpenInferenceService:
     """The servicer; see `protos/open_inference.proto` for what each method promises."""
 
-    def __init__(self, repository: Repository, config: ServerConfig, changed: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, repository: Repository, config: ServerConfig, rpcs: Rpcs, changed: Callable[[], Awaitable[None]]
+    ) -> None:
         """`changed` is called after a model was loaded or unloaded."""
         self._repository = repository
         self._config = config
+        self._rpcs = rpcs
         self._changed = changed
+        self._prepared = PreparedRequests(repository)
+        self._policy = _version_policy(VersionPolicy.parse(config.version_policy))
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         """True: who answers is alive."""
@@ -65,7 +74,7 @@ class OpenInferenceService:
         served = self._repository.get(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=served.name,
-            versions=[served.version],
+            versions=[version.version for version in self._repository.versions(served.name)],
             platform=_PLATFORMS[served.backend.name][0],
             inputs=[_tensor_metadata(spec) for spec in served.backend.inputs],
             outputs=[_tensor_metadata(spec) for spec in served.backend.outputs],
@@ -74,32 +83,43 @@ class OpenInferenceService:
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
         """A model's configuration, as Triton's clients read it."""
-        return pb.ModelConfigResponse(config=_config(self._repository.get(request.name, request.version)))
+        served = self._repository.get(request.name, request.version)
+        return pb.ModelConfigResponse(config=_config(served, self._policy))
 
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+    @in_bytes
+    async def ModelInfer(self, data: bytes, context: Context) -> bytes:
         """Run a model."""
-        return await self._infer(request, deadline(context))
+        until = deadline(context)
+        if (running := self._prepared.submit(data, until)) is not None:
+            return await running
+        return (await self._infer(data, _parse(data), until)).SerializeToString()
 
-    async def ModelStreamInfer(
-        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
-    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+    @in_bytes
+    async def ModelStreamInfer(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Run models for many requests at once; an error does not end the stream."""
         until = deadline(context)
 
-        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+        def begin(data: bytes) -> Pending[bytes]:
             try:
-                return pb.ModelStreamInferResponse(infer_response=await self._infer(request, until))
-            except Exception as error:
-                _, details = errors.to_status(error)
-                whose = pb.ModelInferResponse(
-                    id=request.id, model_name=request.model_name, model_version=request.model_version
-                )
-                return pb.ModelStreamInferResponse(error_message=details, infer_response=whose)
+                if (running := self._prepared.submit(data, until)) is not None:
+                    return running.in_stream(self._rpcs)
+            except RequestError as error:
+                refused: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+                refused.set_result(stream_error(_parse(data), error, self._rpcs).SerializeToString())
+                return refused
+            return asyncio.create_task(self._infer_in_stream(data, _parse(data), until))
 
-        async for response in in_order(requests, answer):
+        async for response in in_order(requests, begin):
             yield response
 
-    async def _infer(self, request: pb.ModelInferRequest, until: float | None) -> pb.ModelInferResponse:
+    async def _infer_in_stream(self, data: bytes, request: pb.ModelInferRequest, until: float) -> bytes:
+        try:
+            response = pb.ModelStreamInferResponse(infer_response=await self._infer(data, request, until))
+        except Exception as error:
+            response = stream_error(request, error, self._rpcs)
+        return response.SerializeToString()
+
+    async def _infer(self, data: bytes, request: pb.ModelInferRequest, until: float) -> pb.ModelInferResponse:
         async def question(served: ServedModel) -> tuple[pb.ModelInferResponse, Stages]:
             backend = served.backend
             inputs = wire.decode_inputs(request, backend.inputs, served.max_batch_size)
@@ -108,22 +128,24 @@ class OpenInferenceService:
             response = pb.ModelInferResponse(model_name=served.name, model_version=served.version, id=request.id)
             labels = _labels(served)
             wire.encode_outputs(response, wanted, answer.outputs, backend.outputs, labels, served.max_batch_size)
+            self._prepared.learn(data, request, served, wanted, response)
             return response, answer.stages
 
         return await ask(self._repository, request.model_name, request.model_version, question)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
-        """What a model has done since it was loaded; of every one when none is named."""
+        """What versions have done since they were loaded: one, all of a model, or all of every model."""
         if request.name:
-            models = [self._repository.get(request.name, request.version)]
+            models = self._repository.versions(request.name, request.version)
         else:
             models = [status.served for status in self._repository.statuses() if status.served]
         return pb.ModelStatisticsResponse(model_stats=[_statistics(served) for served in models])
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
-        """Every model in the repository, or only those that are ready."""
+        """Every version that is known and every other model in the repository, or only the versions that are ready."""
         _check_repository(request.repository_name)
-        index = [status for status in self._repository.index() if status.state is State.READY or not request.ready]
+        known = await asyncio.to_thread(self._repository.index)
+        index = [status for status in known if status.state is State.READY or not request.ready]
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(
@@ -136,7 +158,7 @@ class OpenInferenceService:
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        """Load the newest version of a model."""
+        """Load the versions of a model that the policy selects."""
         self._check_control(request.repository_name, request.model_name)
         if request.parameters:
             raise Unimplemented(f"load parameters are not supported: {', '.join(sorted(request.parameters))}")
@@ -214,7 +236,7 @@ class OpenInferenceService:
         raise Unimplemented("log settings are not supported")
 
 
-def _with_timeout(request: pb.ModelInferRequest, until: float | None) -> float | None:
+def _with_timeout(request: pb.ModelInferRequest, until: float) -> float:
     """The earlier of the call's deadline and the request's own `timeout` parameter, microseconds."""
     if "timeout" not in request.parameters:
         return until
@@ -223,8 +245,7 @@ def _with_timeout(request: pb.ModelInferRequest, until: float | None) -> float |
         raise InvalidArgument(f"invalid value for 'timeout' parameter, expected microseconds >= 0, got {timeout!r}")
     if timeout == 0:  # as Triton has it: none
         return until
-    own = time.monotonic() + timeout / 1e6
-    return own if until is None else min(own, until)
+    return min(time.monotonic_ns() + 1e3 * timeout, until)
 
 
 def _check_repository(name: str) -> None:
@@ -257,7 +278,17 @@ def _labels(served: ServedModel) -> dict[str, tuple[str, ...]]:
     return {spec.name: labels for spec in served.backend.outputs if spec.shape[1:] == (len(labels),)}
 
 
-def _config(served: ServedModel) -> pb.ModelConfig:
+def _version_policy(policy: VersionPolicy) -> pb.ModelVersionPolicy:
+    match policy.kind:
+        case "latest":
+            return pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=policy.numbers[0]))
+        case "specific":
+            return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=policy.numbers))
+        case "all":
+            return pb.ModelVersionPolicy(all=pb.ModelVersionPolicy.All())
+
+
+def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfig:
     platform, backend = _PLATFORMS[served.backend.name]
     labels = _labels(served)
     skipped = 1 if served.max_batch_size else 0  # the batch axis is not among a configuration's dims
@@ -267,7 +298,7 @@ def _config(served: ServedModel) -> pb.ModelConfig:
         platform=platform,
         backend=backend,
         max_batch_size=served.max_batch_size,
-        version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
+        version_policy=policy,
         input=[
             pb.ModelInput(
                 name=spec.name,
@@ -309,6 +340,7 @@ def _data_type(spec: TensorSpec) -> str:
 
 def _statistics(served: ServedModel) -> pb.ModelStatistics:
     counted = served.statistics
+    answered = counted.success.count
     return pb.ModelStatistics(
         name=served.name,
         version=served.version,
@@ -316,12 +348,12 @@ def _statistics(served: ServedModel) -> pb.ModelStatistics:
         inference_count=counted.inference_count,
         execution_count=counted.execution_count,
         inference_stats=pb.InferStatistics(
-            success=_duration(counted.success),
+            success=pb.StatisticDuration(count=answered, ns=counted.success.ns),
             fail=_duration(counted.fail),
-            queue=_duration(counted.queue),
-            compute_input=_duration(counted.compute_input),
-            compute_infer=_duration(counted.compute_infer),
-            compute_output=_duration(counted.compute_output),
+            queue=pb.StatisticDuration(count=answered, ns=counted.queue.ns),
+            compute_input=pb.StatisticDuration(count=answered, ns=counted.compute_input_ns),
+            compute_infer=pb.StatisticDuration(count=answered, ns=counted.compute_infer_ns),
+            compute_output=pb.StatisticDuration(count=answered, ns=counted.compute_output_ns),
         ),
         batch_stats=[
             pb.InferBatchStatistics(
@@ -330,7 +362,7 @@ def _statistics(served: ServedModel) -> pb.ModelStatistics:
                 compute_infer=_duration(batch.compute_infer),
                 compute_output=_duration(batch.compute_output),
             )
-            for rows, batch in sorted(counted.batches.copy().items())
+            for rows, batch in sorted(counted.batches.items())
         ],
     )
 

@@ -1,0 +1,228 @@
+"""ModelInfer requests that differ from one answered before in nothing but their id and their tensor's bytes.
+
+A client sends the same request again and again with other images. Parsing it into objects, checking names, datatypes
+and shapes, and building the answer's objects gives the same result every time, and costs more than all the rest of a
+small request. So what one full decoding found is kept, and a request whose bytes are the same around the id and the
+tensor is answered from it: nothing about it goes unchecked, since every byte that would be checked is equal.
+"""
+
+from __future__ import annotations
+
+import time
+from asyncio import Future
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from protos import open_inference as pb
+from serving import errors
+from serving.errors import RequestError
+from serving.repository import Repository, ServedModel
+from serving.scheduler import Closed, Request
+from serving.statistics import Rpcs
+from serving.tensors import DATATYPES
+from serving.wire import Requested
+
+_MAX_PREPARED = 256  # then all are forgotten: a client that never repeats itself must not fill the memory
+
+# Datatypes whose bytes are numpy's as they are, whatever they hold.
+_PLAIN = frozenset(DATATYPES) - {"BOOL", "BF16", "BYTES"}
+
+# The keys of fields that have a length, (number << 3) | 2: a request's first three, and an answer's in a stream.
+_MODEL_NAME, _MODEL_VERSION, _ID = b"\x0a\x12\x1a"
+_INFER_RESPONSE = b"\x12"
+
+
+class Prepared(NamedTuple):
+    """What the full decoding of a request found."""
+
+    model_name: str
+    model_version: str  # as the request has it, which may be empty
+    served: ServedModel
+    middle: bytes  # of the request, between the id and the tensor's bytes
+    input_name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    head: bytes  # of the answer, before the id
+    tail: bytes  # of the answer, between the id and the outputs' bytes
+    outputs: tuple[tuple[str, bytes, int], ...]  # name, key with length, and length in bytes
+
+
+class PreparedRequests:
+    """The prepared requests of one server."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._prepared: dict[tuple[bytes, int], Prepared] = {}
+
+    def submit(self, data: bytes, deadline_ns: float) -> Running | None:
+        """Put a request to its model, if it is prepared; None where it has to be decoded in full.
+
+        Args:
+            data: the request's bytes.
+            deadline_ns: when nobody waits for the answer any more, in `time.monotonic_ns()` nanoseconds.
+
+        Raises:
+            RequestError: it cannot be answered.
+        """
+        start_ns = time.monotonic_ns()
+        if (field := _id_field(data)) is None:
+            return None
+        start, end = field
+        prepared = self._prepared.get((data[:start], len(data) - end))
+        if prepared is None or not data.startswith(prepared.middle, end):
+            return None
+        identity = data[start:end]
+        served = prepared.served
+        if not identity.isascii() or self._repository.get(prepared.model_name, prepared.model_version) is not served:
+            return None  # the id might not be UTF-8; another version may answer otherwise
+        image = np.frombuffer(data, prepared.dtype, offset=end + len(prepared.middle)).reshape(prepared.shape)
+        try:
+            future = served.scheduler.submit({prepared.input_name: image}, deadline_ns)
+        except Closed:
+            return None
+        except RequestError:
+            served.statistics.failed(start_ns)
+            raise
+        return Running(data, prepared, identity, start_ns, future)
+
+    def learn(
+        self,
+        data: bytes,
+        request: pb.ModelInferRequest,
+        served: ServedModel,
+        wanted: list[Requested],
+        response: pb.ModelInferResponse,
+    ) -> None:
+        """Prepare for more requests like one that was decoded in full and answered, where that can be done.
+
+        Args:
+            data: the request's bytes.
+            request: the message that they were parsed to.
+            served: what answered it.
+            wanted: its outputs.
+            response: the answer.
+        """
+        specs = {spec.name: spec for spec in served.backend.outputs}
+        if (
+            not served.max_batch_size
+            or len(request.inputs) != 1
+            or len(request.raw_input_contents) != 1
+            or request.inputs[0].datatype not in _PLAIN
+            or request.inputs[0].parameters
+            or request.parameters
+            or any(output.classes or output.region for output in wanted)
+            or any(specs[output.name].datatype not in _PLAIN for output in wanted)
+            or any(isinstance(axis, str) for output in wanted for axis in specs[output.name].shape[1:])
+            # Fields in another order, twice, or unknown: only the parser knows what they come to.
+            or request.SerializeToString() != data
+            or (field := _id_field(data)) is None
+        ):
+            return
+        start, end = field
+        tensor, raw = request.inputs[0], request.raw_input_contents[0]
+        outputs = []
+        for output, raw_output in zip(wanted, response.raw_output_contents, strict=True):
+            message = pb.ModelInferResponse(raw_output_contents=[raw_output]).SerializeToString()
+            outputs.append((output.name, message[: len(message) - len(raw_output)], len(raw_output)))
+        head = pb.ModelInferResponse(model_name=response.model_name, model_version=response.model_version)
+        if len(self._prepared) >= _MAX_PREPARED:
+            self._prepared.clear()
+        self._prepared[data[:start], len(data) - end] = Prepared(
+            model_name=request.model_name,
+            model_version=request.model_version,
+            served=served,
+            middle=data[end : len(data) - len(raw)],
+            input_name=tensor.name,
+            dtype=DATATYPES[tensor.datatype],
+            shape=tuple(tensor.shape),
+            head=head.SerializeToString(),
+            tail=pb.ModelInferResponse(outputs=response.outputs).SerializeToString(),
+            outputs=tuple(outputs),
+        )
+
+
+class Running:
+    """A request that was put to its model; awaited, it gives the bytes of the answer's message."""
+
+    __slots__ = ("_data", "_future", "_id", "_prepared", "_start_ns", "_stream")
+
+    def __init__(
+        self, data: bytes, prepared: Prepared, identity: bytes, start_ns: int, future: Future[Request]
+    ) -> None:
+        self._data = data
+        self._prepared = prepared
+        self._id = identity  # the field, with its key
+        self._start_ns = start_ns
+        self._future = future
+        self._stream: Rpcs | None = None
+
+    def in_stream(self, rpcs: Rpcs) -> Running:
+        """Have it give a stream's message, in which an error is an answer too, counted in `rpcs`."""
+        self._stream = rpcs
+        return self
+
+    def cancel(self) -> None:
+        """Withdraw the request, which nobody has awaited yet."""
+        self._future.cancel()
+        self._prepared.served.statistics.failed(self._start_ns)
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        statistics = self._prepared.served.statistics
+        try:
+            answer = yield from self._future
+            message = self._encode(answer)
+        except BaseException as error:
+            statistics.failed(self._start_ns)
+            if self._stream is None or not isinstance(error, Exception):
+                raise
+            return stream_error(pb.ModelInferRequest.FromString(self._data), error, self._stream).SerializeToString()
+        statistics.succeeded(self._start_ns, answer.stages)
+        return _INFER_RESPONSE + _varint(len(message)) + message if self._stream is not None else message
+
+    def _encode(self, answer: Request) -> bytes:
+        parts = [self._prepared.head, self._id, self._prepared.tail]
+        for name, key, length in self._prepared.outputs:
+            raw = answer.raw(name)
+            if len(raw) != length:
+                raise RuntimeError(f"output {name} has {len(raw)} bytes, its shape in the model needs {length}")
+            parts.append(key)
+            parts.append(raw)
+        return b"".join(parts)
+
+
+def stream_error(request: pb.ModelInferRequest, error: Exception, rpcs: Rpcs) -> pb.ModelStreamInferResponse:
+    """What a stream answers to a request that failed, which is counted."""
+    code, details = errors.to_status(error)
+    rpcs.stream_errors[f"{pb.SERVICE}/ModelStreamInfer", code.name] += 1
+    whose = pb.ModelInferResponse(id=request.id, model_name=request.model_name, model_version=request.model_version)
+    return pb.ModelStreamInferResponse(error_message=details, infer_response=whose)
+
+
+def _id_field(data: bytes) -> tuple[int, int] | None:
+    """Where the id stands in a request whose fields are in order, begin and end; equal when it has none.
+
+    None for what is too short, and for names and ids of 128 bytes and more, whose length takes several bytes.
+    """
+    start = position = 0
+    try:
+        for key in (_MODEL_NAME, _MODEL_VERSION, _ID):
+            start = position
+            if data[position] == key:
+                if data[position + 1] >= 128:
+                    return None
+                position += 2 + data[position + 1]
+    except IndexError:
+        return None
+    return start, position
+
+
+def _varint(number: int) -> bytes:
+    """A length as protobuf writes it: seven bits a byte, the lowest first."""
+    octets = bytearray()
+    while number >= 128:
+        octets.append(number & 127 | 128)
+        number >>= 7
+    octets.append(number)
+    return bytes(octets)
