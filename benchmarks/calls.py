@@ -19,14 +19,19 @@ async def connect(events: Events, target: str, path: str, metadata: Iterable[tup
         OSError: nothing listens there, or what does speaks no HTTP/2.
     """
     host, _, port = target.rpartition(":")
+    connection: Connection | None = None
     try:
         async with asyncio.timeout(CONNECT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: Connection(events, target, path, metadata), host.strip("[]"), int(port)
             )
             await connection.ready
-    except TimeoutError as error:
-        raise TimeoutError(f"{target}: no HTTP/2 settings within {CONNECT_S:g} s") from error
+    except BaseException as error:
+        if connection:
+            connection.abort()
+        if isinstance(error, TimeoutError):
+            raise TimeoutError(f"{target}: no HTTP/2 settings within {CONNECT_S:g} s") from error
+        raise
     return connection
 
 
@@ -56,7 +61,8 @@ async def ask(target: str, path: str, request: bytes) -> bytes:
     except TimeoutError as error:
         raise TimeoutError(f"{target}: {path}: no answer within {ANSWER_S:g} s") from error
     finally:
-        connection.close()
+        connection.abort()
+        await connection.closed.wait()
     if status.name != "OK":
         raise ValueError(f"{target}: {path}: {status.name}: {status.message}")
     return body
