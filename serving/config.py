@@ -1,13 +1,13 @@
-"""Every setting of the server once: name, default, bounds, help. Flags come before `PARITYSERVE_*` variables."""
+"""Every setting of the server once: name, default, bounds, help. `serving.sources` says where values come from."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from serving.credentials import is_loopback
 from serving.versions import VersionPolicy
 
 DEFAULT_PORT = 8001
@@ -22,19 +22,33 @@ def _policy(text: str) -> str:
     return text
 
 
-class ServerConfig(BaseSettings):
+class ServerConfig(BaseModel):
     """What `python -m serving serve` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix="PARITYSERVE_", frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     repository: Path = Field(Path("exported"), description="folder with <model>/<version>/ bundles")
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        1, description="processes that share the port, on Linux; auto: one a core, one on CUDA"
+    )
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 for any free one; none if not given"
     )
     metrics_host: str | None = Field(None, description="address for the metrics; that of --host if not given")
+    tls_cert: Path | None = Field(None, description="PEM file: the server's certificate, then its issuers'; TLS only")
+    tls_key: Path | None = Field(None, description="PEM file: the certificate's key, unencrypted")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file: who vouches for clients, each of which must then have a certificate (mutual TLS)"
+    )
+    token_file: Path | None = Field(
+        None, description="file with bearer tokens, one a line; each call but health checks must have one of them"
+    )
+    allow_plaintext_token: bool = Field(
+        False, description="take tokens without TLS on other addresses than loopback, where something else encrypts"
+    )
     version_policy: Annotated[str, AfterValidator(_policy)] = Field(
         "latest", description="which versions of a model to serve: latest, latest:N, all, or specific:N,N"
     )
@@ -52,7 +66,9 @@ class ServerConfig(BaseSettings):
     device: DeviceSpec = Field(
         "auto", description="auto, cpu, cuda or cuda:N; cuda never falls back, auto does, with one warning"
     )
-    threads: int = Field(1, ge=1, le=256, description="threads that the model may use for one run on the CPU")
+    threads: int = Field(
+        1, ge=1, le=256, description="threads that the model may use for one run on the CPU, in each worker"
+    )
     max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
     max_queue: int = Field(1024, ge=1, description="most requests that wait or run for one model")
     max_queue_bytes: int = Field(256 << 20, ge=1, description="most bytes of the inputs that wait or run for one model")
@@ -68,8 +84,14 @@ class ServerConfig(BaseSettings):
         ge=1,
         description="most pixels, width x height, that a request's pictures may have together; checked before decoding",
     )
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="seconds that a server which is stopped answers on, and only reports that it is not ready, so that "
+        "load balancers take it out",
+    )
     drain_s: float = Field(
-        10.0, ge=0, description="seconds that running requests get to finish when the server is stopped"
+        10.0, ge=0, description="seconds that running requests then get to finish, once no new ones are taken"
     )
 
     @field_validator("metrics_host")
@@ -78,3 +100,22 @@ class ServerConfig(BaseSettings):
         if host is not None and info.data.get("metrics_port", 0) is None:
             raise ValueError("needs --metrics-port too")
         return host
+
+    @property
+    def address(self) -> str:
+        """Where to listen, host:port."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        """What depends on several settings."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: only one of them is given")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("--tls-client-ca needs TLS: give --tls-cert and --tls-key too")
+        if self.token_file and not (self.tls_cert or self.allow_plaintext_token or is_loopback(self.host)):
+            raise ValueError(
+                f"--token-file: anyone on the way to --host {self.host} could read the tokens; give --tls-cert and "
+                "--tls-key, or --allow-plaintext-token where something else encrypts"
+            )
+        return self

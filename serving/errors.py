@@ -3,6 +3,7 @@
     ParityserveError
     ├── RequestError            a request that cannot be answered; crosses the wire with its status
     │   ├── InvalidArgument     INVALID_ARGUMENT    malformed, wrong shape, datatype or byte count, not a picture
+    │   ├── Unauthenticated     UNAUTHENTICATED     no token, or a wrong one
     │   ├── NotFound            NOT_FOUND           unknown model or version
     │   ├── Unavailable         UNAVAILABLE         version loading or failed; server draining or unreachable
     │   ├── QueueFull           RESOURCE_EXHAUSTED  more requests wait than the queue may hold
@@ -35,6 +36,10 @@ class RequestError(ParityserveError):
 
 class InvalidArgument(RequestError):
     """The request is wrong and will be wrong again if repeated."""
+
+
+class Unauthenticated(RequestError):
+    """The caller showed no token, or one that is not accepted."""
 
 
 class NotFound(RequestError):
@@ -77,8 +82,16 @@ class StartupError(ParityserveError):
     """The server cannot start; the text says why and what to do."""
 
 
+def cannot_listen(address: str) -> StartupError:
+    """What to raise when `address`, host:port, cannot be listened on."""
+    return StartupError(
+        f"cannot listen on {address}: in use, or not this machine's address; choose another with --port"
+    )
+
+
 STATUS: dict[type[RequestError], grpc.StatusCode] = {
     InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     NotFound: grpc.StatusCode.NOT_FOUND,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from serving import __version__
+from serving.config import ServerConfig
 from serving.errors import StartupError
 from serving.repository import State
 from serving.snapshot import Snapshot
@@ -216,6 +217,13 @@ class Endpoint:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def start(config: ServerConfig, port: int, snapshot: Callable[[], Snapshot]) -> Endpoint:
+    """The endpoint of a server, on `port` of the address that its configuration names; raises what `Endpoint` does."""
+    endpoint = Endpoint(config.metrics_host or config.host, port, snapshot)
+    logger.info("metrics on http://%s/metrics", endpoint.address)
+    return endpoint
 
 
 class _HttpServer(ThreadingMixIn, TCPServer):

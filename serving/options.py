@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal, TypeVar, get_args, get_origin
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_METAVARS: dict[Any, str] = {int: "N", int | None: "N", float: "X", str: "TEXT", str | None: "TEXT"}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: list[str] | None = None) -> None:
@@ -24,22 +26,36 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
         default = field.get_default()  # None where it is made from other fields, and the description tells
         help_text = f"{field.description} (default: {default})" if default is not None else field.description
         arguments: dict[str, Any] = {"help": (help_text or "").replace("%", "%%"), "default": argparse.SUPPRESS}
-        kind = field.annotation
+        kind = kind_of(model, name)
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
             arguments["choices"] = get_args(kind)
         elif get_origin(kind) is tuple:
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}
+        elif get_origin(kind) in (types.UnionType, Union):  # of a word and a number
+            arguments["metavar"] = "N|auto"
         else:
             arguments["metavar"] = _METAVARS.get(kind, "PATH")
-        parser.add_argument(f"--{_flag(model, name)}", dest=name, **arguments)
+        parser.add_argument(flag(model, name), dest=name, **arguments)
 
 
-def _flag(model: type[BaseModel], name: str) -> str:
+def kind_of(model: type[BaseModel], name: str) -> Any:
+    """A field's type, without the None of one that may be left out."""
+    kind = model.model_fields[name].annotation
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    return parts[0] if get_origin(kind) in (types.UnionType, Union) and len(parts) == 1 else kind
+
+
+def flag(model: type[BaseModel], name: str) -> str:
     """A field's option: that of a tuple is given once for each of its values, and so is singular."""
-    repeated = get_origin(model.model_fields[name].annotation) is tuple
-    return (name.rstrip("s") if repeated else name).replace("_", "-")
+    repeated = get_origin(kind_of(model, name)) is tuple
+    return "--" + (name.rstrip("s") if repeated else name).replace("_", "-")
+
+
+def given(model: type[BaseModel], namespace: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, by field."""
+    return {name: value for name, value in vars(namespace).items() if name in model.model_fields}
 
 
 def parse(model: type[Model], namespace: argparse.Namespace, **defaults: Any) -> Model:
@@ -48,13 +64,24 @@ def parse(model: type[Model], namespace: argparse.Namespace, **defaults: Any) ->
     Raises:
         ValueError: an option's value is not accepted; the text names the option, the value and what is accepted.
     """
-    given = {name: value for name, value in vars(namespace).items() if name in model.model_fields}
+    flags = {name: flag(model, name) for name in model.model_fields}
+    return build(model, {**defaults, **given(model, namespace)}, flags)
+
+
+def build(model: type[Model], values: Mapping[str, Any], names: Mapping[str, str]) -> Model:
+    """Build `model`, and name each value that is not accepted as `names` has it for its field.
+
+    Raises:
+        ValueError: a value is not accepted; the text has each such name, the value and what is accepted.
+    """
     try:
-        return model(**{**defaults, **given})
+        return model(**values)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            name = str(problem["loc"][0]) if problem["loc"] else ""
-            option = f"--{_flag(model, name)}: " if name else ""
-            lines.append(f"{option}{problem['msg']}, got {problem['input']!r}")
+            if problem["loc"]:
+                name = str(problem["loc"][0])
+                lines.append(f"{names.get(name, name)}: {problem['msg']}, got {problem['input']!r}")
+            else:  # of the fields together: the text names them
+                lines.append(problem["msg"].removeprefix("Value error, "))
         raise ValueError("; ".join(lines)) from error

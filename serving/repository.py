@@ -33,6 +33,7 @@ class Repository(Catalog):
         self._config = config
         self._policy = VersionPolicy.parse(config.version_policy)
         self._wanted: set[str] = set()  # from the start on; what fails to load later does not make the server unready
+        self._retired = False
         self._started = False  # whether everything wanted was tried
         self._closed = False
         self._changing = threading.Lock()  # held to change what is served; ONNX Runtime's sessions need it too
@@ -68,13 +69,33 @@ class Repository(Catalog):
             for number in selected:
                 self._note(Status(name, str(number), State.LOADING))
 
+    def adopt(self, statuses: Iterable[Status]) -> None:
+        """Instead of `scan`: note as LOADING the versions that another repository serves, newest or not.
+
+        With `model_control` poll the folder says what to serve, as at any time.
+
+        Args:
+            statuses: what its `statuses` gave, without what runs there.
+
+        Raises:
+            BundleError: as `scan`.
+        """
+        if self._config.model_control == "poll":
+            self.scan()
+            return
+        for status in statuses:
+            ready = status.state is State.READY
+            self._note(replace(status, state=State.LOADING, reason="") if ready else status)
+        explicit = self._config.model_control == "explicit"
+        self._wanted = set(self._config.models or (() if explicit else self._models))
+
     def load_all(self) -> None:
-        """Load every version noted by `scan`; one that may not be served becomes UNAVAILABLE with the reason.
+        """Load every version noted as LOADING; one that may not be served becomes UNAVAILABLE with the reason.
 
         Raises:
             DeviceError: the device asked for cannot be used.
         """
-        for name in sorted(self._wanted):
+        for name in sorted({*self._wanted, *self._models}):
             with self._changing:
                 for status in self._model(name).statuses.values():
                     if status.state is State.LOADING and not self._closed:  # no client was quicker
@@ -257,11 +278,17 @@ class Repository(Catalog):
             statuses += [Status(name, "", State.UNAVAILABLE) for name in names if name not in known]
         return sorted(statuses, key=lambda status: status.name)
 
+    def retire(self) -> None:
+        """Report not being ready from now on, and go on answering."""
+        self._retired = True
+
     def ready(self) -> bool:
         """Whether every model that should be served is, and those taken out of service since do not count.
 
         Where nothing will be loaded later, that is every version of it; else one is enough.
         """
+        if self._retired:
+            return False
         models = [model for name in self._wanted if (model := self._models.get(name)) and not model.unloaded]
         if self._config.model_control == "none":
             return self._started and all(len(model.served) == len(model.statuses) for model in models)

@@ -127,7 +127,7 @@ def test_serve_refuses_a_wrong_variable(repository):
     variables = {**environment(), "PARITYSERVE_THREADS": "none"}
     done = command("serving", "serve", "--repository", repository, env=variables)
     assert done.returncode == 2
-    assert "threads: Input should be a valid integer" in done.stderr
+    assert "PARITYSERVE_THREADS: Input should be a valid integer" in done.stderr
 
 
 def test_serve_without_a_repository_says_how_to_make_one(tmp_path):

@@ -20,9 +20,10 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from serving import errors
-from serving.errors import InvalidArgument, QueueFull
+from serving.errors import InvalidArgument, QueueFull, Unavailable
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
+from serving.services.gate import STOPPING, Gate
 from serving.statistics import Rpcs, Stages
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -42,8 +43,8 @@ def in_bytes(method: Method) -> Method:
     return method
 
 
-def handler(servicer: object, service: ServiceDescriptor, rpcs: Rpcs) -> grpc.GenericRpcHandler:
-    """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`.
+def handler(servicer: object, service: ServiceDescriptor, rpcs: Rpcs, gate: Gate) -> grpc.GenericRpcHandler:
+    """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`; `gate` ends streams.
 
     Messages are parsed here and not by gRPC, which would answer INTERNAL to one that cannot be parsed.
     """
@@ -56,7 +57,7 @@ def handler(servicer: object, service: ServiceDescriptor, rpcs: Rpcs) -> grpc.Ge
         count = _counter(rpcs, f"{service.full_name}/{method.name}")
         if method.server_streaming:
             methods[method.name] = grpc.stream_stream_rpc_method_handler(
-                _stream(answer, parsed, count), response_serializer=serialize
+                _stream(answer, parsed, count, gate), response_serializer=serialize
             )
         else:
             methods[method.name] = grpc.unary_unary_rpc_method_handler(
@@ -186,12 +187,18 @@ def _unary(
 
 
 def _stream(
-    answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], Any], count: Callable[[str], None]
+    answer: Callable[..., AsyncIterator[Any]],
+    parse: Callable[[bytes], Any],
+    count: Callable[[str], None],
+    gate: Gate,
 ) -> Callable[..., Any]:
-    async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+    async def call(source: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in answer((parse(data) async for data in requests), context):
-                yield response
+            with gate.requests(source, parse) as requests:
+                async for response in answer(requests, context):
+                    yield response
+                if requests.is_cut:
+                    raise Unavailable(STOPPING)
         except Exception as error:
             await _abort(context, error, count)
         except BaseException:  # the caller has gone

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 from protos import open_inference as pb
 from serving import __version__, wire
 from serving.config import ServerConfig
+from serving.control import Control
 from serving.errors import InvalidArgument, NotFound, RequestError, Unavailable, Unimplemented
 from serving.repository import Repository, ServedModel, State
 from serving.services import Context, Pending, ask, deadline, in_bytes, in_order, parser
 from serving.services.prepared import PreparedRequests, stream_error
-from serving.statistics import Duration, Rpcs, Stages
+from serving.statistics import Duration, Rpcs, Stages, Statistics
 from serving.tensors import TensorSpec
 from serving.versions import VersionPolicy
 
@@ -38,14 +39,11 @@ _NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled
 class OpenInferenceService:
     """The servicer; see `protos/open_inference.proto` for what each method promises."""
 
-    def __init__(
-        self, repository: Repository, config: ServerConfig, rpcs: Rpcs, changed: Callable[[], Awaitable[None]]
-    ) -> None:
-        """`changed` is called after a model was loaded or unloaded."""
+    def __init__(self, repository: Repository, config: ServerConfig, rpcs: Rpcs, control: Control) -> None:
         self._repository = repository
         self._config = config
         self._rpcs = rpcs
-        self._changed = changed
+        self._control = control
         self._prepared = PreparedRequests(repository)
         self._policy = _version_policy(VersionPolicy.parse(config.version_policy))
 
@@ -55,7 +53,7 @@ class OpenInferenceService:
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
         """Whether every model that should be served is."""
-        return pb.ServerReadyResponse(ready=self._repository.ready())
+        return pb.ServerReadyResponse(ready=self._control.readiness().server)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         """Whether a version is served; a model that is not known is not ready."""
@@ -63,7 +61,7 @@ class OpenInferenceService:
             self._repository.get(request.name, request.version)
         except (NotFound, Unavailable):
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=True)
+        return pb.ModelReadyResponse(ready=self._control.readiness().models.get(request.name, False))
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         """The server's name and version, and the extensions that it offers."""
@@ -139,7 +137,12 @@ class OpenInferenceService:
             models = self._repository.versions(request.name, request.version)
         else:
             models = [status.served for status in self._repository.statuses() if status.served]
-        return pb.ModelStatisticsResponse(model_stats=[_statistics(served) for served in models])
+        counted = await self._control.statistics()
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                _statistics(served, counted.get((served.name, served.version), served.statistics)) for served in models
+            ]
+        )
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         """Every version that is known and every other model in the repository, or only the versions that are ready."""
@@ -162,7 +165,7 @@ class OpenInferenceService:
         self._check_control(request.repository_name, request.model_name)
         if request.parameters:
             raise Unimplemented(f"load parameters are not supported: {', '.join(sorted(request.parameters))}")
-        await asyncio.shield(self._control(self._repository.load, request.model_name))
+        await asyncio.shield(self._control.load(request.model_name))  # it ends, whether or not the caller waits
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
@@ -170,15 +173,8 @@ class OpenInferenceService:
     ) -> pb.RepositoryModelUnloadResponse:
         """Take a model out of service once the requests that wait for it are answered."""
         self._check_control(request.repository_name, request.model_name)
-        await asyncio.shield(self._control(self._repository.unload, request.model_name))
+        await asyncio.shield(self._control.unload(request.model_name))
         return pb.RepositoryModelUnloadResponse()
-
-    async def _control(self, change: Callable[[str], None], model_name: str) -> None:
-        """Load or unload, and have it reported, whatever came of it and whether or not the caller still waits."""
-        try:
-            await asyncio.to_thread(change, model_name)
-        finally:
-            await self._changed()
 
     def _check_control(self, repository_name: str, model_name: str) -> None:
         _check_repository(repository_name)
@@ -338,8 +334,7 @@ def _data_type(spec: TensorSpec) -> str:
     return f"TYPE_{'STRING' if spec.datatype == 'BYTES' else spec.datatype}"
 
 
-def _statistics(served: ServedModel) -> pb.ModelStatistics:
-    counted = served.statistics
+def _statistics(served: ServedModel, counted: Statistics) -> pb.ModelStatistics:
     answered = counted.success.count
     return pb.ModelStatistics(
         name=served.name,
