@@ -77,7 +77,24 @@ class ServerConfig(BaseModel):
     )
     instances: int = Field(1, ge=1, le=64, description="threads that run a model at once, each with --threads")
     max_message_bytes: int = Field(
-        MAX_MESSAGE_BYTES, ge=1 << 12, le=(1 << 31) - 1, description="largest request accepted"
+        MAX_MESSAGE_BYTES, ge=1 << 12, le=(1 << 31) - 1, description="bytes of the largest request or answer"
+    )
+    keepalive_time_s: float = Field(
+        60.0, ge=1, description="seconds after which a silent connection is asked for a sign of life"
+    )
+    keepalive_timeout_s: float = Field(
+        20.0, gt=0, description="seconds without that sign after which the connection is closed"
+    )
+    min_ping_interval_s: float = Field(
+        10.0, ge=0, description="a client that asks for signs of life more often, with no data between, is cut off"
+    )
+    max_connection_age_s: float = Field(
+        0.0,
+        ge=0,
+        description="seconds after which a connection is closed, so that clients spread anew; 0 for never",
+    )
+    max_connection_age_grace_s: float = Field(
+        30.0, ge=0, description="seconds that calls on a connection that is too old get to finish"
     )
     max_image_pixels: int = Field(
         50_000_000,

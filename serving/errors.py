@@ -7,6 +7,7 @@
     │   ├── NotFound            NOT_FOUND           unknown model or version
     │   ├── Unavailable         UNAVAILABLE         version loading or failed; server draining or unreachable
     │   ├── QueueFull           RESOURCE_EXHAUSTED  more requests wait than the queue may hold
+    │   ├── MessageTooLarge     RESOURCE_EXHAUSTED  a message over the server's limit
     │   ├── DeadlineExceeded    DEADLINE_EXCEEDED   the caller's deadline passed before the model ran
     │   └── Unimplemented       UNIMPLEMENTED       a part of a protocol that this server does not offer
     ├── BundleError             a version on disk that may not be served
@@ -58,6 +59,10 @@ class QueueFull(RequestError):
         self.retry_s = retry_s
 
 
+class MessageTooLarge(RequestError):
+    """A message over the server's limit. A client reads the status as QueueFull, which has the same."""
+
+
 class DeadlineExceeded(RequestError):
     """The caller's deadline passed before the model ran."""
 
@@ -95,6 +100,7 @@ STATUS: dict[type[RequestError], grpc.StatusCode] = {
     NotFound: grpc.StatusCode.NOT_FOUND,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
 }

@@ -52,6 +52,8 @@ SERVICES = (_CLASSIFIER.full_name, _PROTOCOL.full_name)
 _QUIET_S = 0.05
 _ROUNDS = 20
 
+_INT_MAX = 2**31 - 1
+
 
 class Server:
     """A gRPC server over a repository. Listens from `start` on, and is READY when `load` has returned."""
@@ -78,22 +80,18 @@ class Server:
         self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._server = grpc.aio.server(
             interceptors=[self._guard] if self._guard else None,
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_send_message_length", config.max_message_bytes),
-                # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
-                ("grpc.so_reuseport", 1 if member else 0),
-            ],
+            options=_options(config, shared_port=member is not None),
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
         open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
+        shared = (self._rpcs, self._gate, config.max_message_bytes)
         self._server.add_generic_rpc_handlers(
             (
                 # The health service goes on being answered when the gate is closed.
-                handler(self._health, _HEALTH, self._rpcs, self._gate),
+                handler(self._health, _HEALTH, *shared),
                 self._gate,
-                handler(self._classifier, _CLASSIFIER, self._rpcs, self._gate),
-                handler(open_inference_service, _PROTOCOL, self._rpcs, self._gate),
+                handler(self._classifier, _CLASSIFIER, *shared),
+                handler(open_inference_service, _PROTOCOL, *shared),
             )
         )
         reflection.enable_server_reflection(
@@ -248,6 +246,30 @@ async def _pause(seconds: float, hurry: asyncio.Event) -> None:
     """Wait, but not when in a hurry."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(hurry.wait(), seconds)
+
+
+def _options(config: ServerConfig, shared_port: bool) -> list[tuple[str, int]]:
+    """gRPC's settings: https://grpc.github.io/grpc/core/group__grpc__arg__keys.html."""
+    options = {
+        # A message over our limit is refused by us, in words that help; gRPC only guards the memory.
+        "grpc.max_receive_message_length": min(2 * config.max_message_bytes, _INT_MAX),
+        "grpc.max_send_message_length": config.max_message_bytes,
+        # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
+        "grpc.so_reuseport": int(shared_port),
+        "grpc.keepalive_time_ms": _ms(config.keepalive_time_s),
+        "grpc.keepalive_timeout_ms": _ms(config.keepalive_timeout_s),
+        "grpc.keepalive_permit_without_calls": 1,  # pings find dead connections that have no calls too
+        "grpc.http2.max_pings_without_data": 0,  # our own pings are not limited
+        "grpc.http2.min_ping_interval_without_data_ms": _ms(config.min_ping_interval_s),
+    }
+    if config.max_connection_age_s:
+        options["grpc.max_connection_age_ms"] = _ms(config.max_connection_age_s)
+        options["grpc.max_connection_age_grace_ms"] = _ms(config.max_connection_age_grace_s)
+    return list(options.items())
+
+
+def _ms(seconds: float) -> int:
+    return min(round(1000 * seconds), _INT_MAX)
 
 
 def _reflected() -> DescriptorPool:

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from serving import errors
-from serving.errors import InvalidArgument, QueueFull, Unavailable
+from serving.errors import InvalidArgument, MessageTooLarge, QueueFull, Unavailable
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
 from serving.services.gate import STOPPING, Gate
@@ -43,16 +43,20 @@ def in_bytes(method: Method) -> Method:
     return method
 
 
-def handler(servicer: object, service: ServiceDescriptor, rpcs: Rpcs, gate: Gate) -> grpc.GenericRpcHandler:
+def handler(
+    servicer: object, service: ServiceDescriptor, rpcs: Rpcs, gate: Gate, max_message_bytes: int
+) -> grpc.GenericRpcHandler:
     """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`; `gate` ends streams.
 
-    Messages are parsed here and not by gRPC, which would answer INTERNAL to one that cannot be parsed.
+    Messages are measured and parsed here and not by gRPC, which would not say which option limits their size, and
+    would answer INTERNAL to one that cannot be parsed.
     """
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
         answer = getattr(servicer, method.name)
         raw = hasattr(answer, "in_bytes")
-        parsed = bytes if raw else parser(message_factory.GetMessageClass(method.input_type))
+        parse = bytes if raw else parser(message_factory.GetMessageClass(method.input_type))
+        parsed = _limited(parse, max_message_bytes)
         serialize = None if raw else _serialize
         count = _counter(rpcs, f"{service.full_name}/{method.name}")
         if method.server_streaming:
@@ -158,6 +162,17 @@ def parser(message: type[Message]) -> Callable[[bytes], Any]:
             ) from error
 
     return parse
+
+
+def _limited(parse: Callable[[bytes], Any], max_bytes: int) -> Callable[[bytes], Any]:
+    """`parse`, and MessageTooLarge for more than `max_bytes`."""
+
+    def limited(data: bytes) -> Any:
+        if len(data) > max_bytes:
+            raise MessageTooLarge(f"got a message of {len(data)} bytes, want at most {max_bytes} (--max-message-bytes)")
+        return parse(data)
+
+    return limited
 
 
 def _counter(rpcs: Rpcs, method: str) -> Callable[[str], None]:
