@@ -12,14 +12,15 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Barrier
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.calls import connect
 from benchmarks.exchanges import Exchange
-from benchmarks.headers import CONNECTION_LOST, Status
-from benchmarks.http2 import Call, Connection, connect, message
+from benchmarks.headers import CONNECTION_LOST, UNPROCESSED, Status
+from benchmarks.http2 import Call, Connection, message
 from benchmarks.processes import cpu_s
 from protos import open_inference as pb
 
@@ -27,6 +28,8 @@ Floats = npt.NDArray[np.float64]
 
 UNARY, STREAM = (pb.RPCS[name].path for name in ("ModelInfer", "ModelStreamInfer"))
 GRACE_S = 10.0  # how long answers are waited for when the time is over
+RETRY_S = 0.001  # until another try: gRPC core frees a stream a little after its end is seen
+MOST_TRIES = 100  # of a request that the server says it has not looked at
 _MOST_KNOWN = 1000  # answers to one request that are remembered as right
 
 OK = Status("OK")
@@ -64,6 +67,12 @@ class Record:
     watched_cpu_s: float = 0.0
 
 
+class _Request(NamedTuple):
+    start: float  # `perf_counter()`
+    exchange: int  # its number
+    tries: int = 0  # before
+
+
 class _Lane:
     """One connection, made anew whenever it ends, and the requests that go over it."""
 
@@ -71,9 +80,11 @@ class _Lane:
         self._driver = driver
         self._turn = first
         self._connection: Connection | None = None
+        self._connections: list[Connection] = []  # with earlier ones that still have calls under way
         self._past = [0, 0]  # bytes sent and received on earlier connections
-        self._call: Call | None = None  # the stream; its tag has the start and exchange of each unanswered request
-        self._owed = 0  # requests to send once there is a connection
+        self._call: Call | None = None  # the stream; its tag has the unanswered requests
+        self._owed: deque[_Request] = deque()  # to be sent once there is a connection
+        self._down = False  # the last try to connect failed
 
     async def connect(self) -> None:
         """Connect, and send what is owed.
@@ -83,42 +94,53 @@ class _Lane:
         """
         load = self._driver.load
         self._connection = await connect(self, load.target, STREAM if load.stream else UNARY, load.metadata)
-        while self._owed and not self._driver.stopping:
-            self._owed -= 1
-            self.issue()
+        self._connections = [one for one in self._connections if not one.closed.is_set()] + [self._connection]
+        self._down = False
+        for _ in range(len(self._owed)):
+            self._send(self._owed.popleft())
 
     async def _reconnect(self) -> None:
+        """As gRPC's clients do: what is asked meanwhile waits, but fails once a try to connect has failed."""
         while not self._driver.stopping and self._connection is None:
             try:
                 await self.connect()
             except OSError:
+                self._down = True
+                if self._driver.load.rate is not None:
+                    self.give_up()
                 await asyncio.sleep(0.05)
+
+    def give_up(self) -> None:
+        """What waits for a connection has failed."""
+        while self._owed:
+            self._driver.record(CONNECTION_LOST, self._owed.popleft().start)
 
     def issue(self) -> None:
         """Send the next request."""
+        index = self._turn % len(self._driver.bodies)
+        self._turn += 1
+        self._driver.sent()
+        self._send(_Request(perf_counter(), index))
+
+    def _send(self, request: _Request) -> None:
         driver, connection = self._driver, self._connection
         if connection is None:
-            if driver.load.rate is None:
-                self._owed += 1
-            else:
-                driver.sent()
-                driver.record(CONNECTION_LOST, perf_counter())
-            return
-        index = self._turn % len(driver.bodies)
-        self._turn += 1
-        driver.sent()
-        if not driver.load.stream:
-            connection.call(driver.bodies[index], index)
-            return
-        if self._call is None:
-            self._call = connection.open_stream(deque())
-        self._call.tag.append((perf_counter(), index))
-        connection.send(self._call, driver.bodies[index])
+            if driver.stopping or (self._down and driver.load.rate is not None):
+                driver.record(CONNECTION_LOST, request.start)
+            else:  # a closed loop waits
+                self._owed.append(request)
+        elif not driver.load.stream:
+            connection.call(driver.bodies[request.exchange], request)
+        else:
+            if self._call is None:
+                self._call = connection.open_stream(deque())
+            self._call.tag.append(request)
+            connection.send(self._call, driver.bodies[request.exchange])
 
     def answered(self, call: Call, body: bytes) -> None:
         if call.tag:
-            start, index = call.tag.popleft()
-            self._driver.record(self._driver.judge(index, body), start)
+            request = call.tag.popleft()
+            self._driver.record(self._driver.judge(request.exchange, body), request.start)
             self._again()
         else:
             self._driver.record(Status("WRONG", "an answer that no request asked for"), perf_counter())
@@ -126,21 +148,33 @@ class _Lane:
     def ended(self, call: Call, status: Status) -> None:
         if not call.streamed:
             if status.name == "OK":
-                status = self._driver.judge(call.tag, call.body)
-            self._driver.record(status, call.started)
-            self._again()
+                status = self._driver.judge(call.tag.exchange, call.body)
+            if not self._try_again(call.tag, status):
+                self._driver.record(status, call.tag.start)
+                self._again()
             return
         if call is self._call:
             self._call = None
         if status.name == "OK":
             status = Status("STREAM_ENDED", "the stream ended before its requests were answered")
-        for start, _ in call.tag:
-            self._driver.record(status, start)
-            asyncio.get_running_loop().call_later(0.01, self._again)  # a stream that fails at once must not spin
+        for request in call.tag:
+            if not self._try_again(request, status):
+                self._driver.record(status, request.start)
+                asyncio.get_running_loop().call_later(0.01, self._again)  # a stream that fails at once must not spin
+
+    def _try_again(self, request: _Request, status: Status) -> bool:
+        """As gRPC's clients do with what the server has not looked at."""
+        if status is not UNPROCESSED or request.tries >= MOST_TRIES or self._driver.stopping:
+            return False
+        again = request._replace(tries=request.tries + 1)
+        asyncio.get_running_loop().call_later(RETRY_S, self._send, again)
+        return True
 
     def closing(self, connection: Connection) -> None:
         if connection is not self._connection:
             return
+        if self._call:
+            connection.finish(self._call)
         self._connection, self._call = None, None
         self._past[0] += connection.sent_bytes
         self._past[1] += connection.received_bytes
@@ -152,9 +186,11 @@ class _Lane:
         now = self._connection
         return np.array(self._past, float) + ((now.sent_bytes, now.received_bytes) if now else (0, 0))
 
-    def close(self) -> None:
-        if self._connection:
-            self._connection.close()
+    async def close(self) -> None:
+        """Once every answer is there, or no longer waited for."""
+        for connection in self._connections:
+            connection.close()
+            await connection.closed.wait()
 
     def _again(self) -> None:
         if self._driver.load.rate is None and not self._driver.stopping:
@@ -242,15 +278,19 @@ class Driver:
         record = self._record
         record.sent_bytes, record.received_bytes, record.cpu_s, record.watched_cpu_s = self._meters(lanes) - before
         self.stopping = True
+        for lane in lanes:
+            lane.give_up()
         if self._pending > 0:
             try:
                 await asyncio.wait_for(self._idle.wait(), GRACE_S)
             except TimeoutError:
                 record.samples[UNANSWERED.name] = array("d", [math.nan] * self._pending)
                 record.messages[UNANSWERED.name] = UNANSWERED.message
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for lane in lanes:
-            lane.close()
-        await asyncio.sleep(0)  # the sockets close
+            await lane.close()
         return record
 
     def _meters(self, lanes: list[_Lane]) -> Floats:

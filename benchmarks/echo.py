@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from benchmarks.http2 import new_loop
+from benchmarks.calls import new_loop
 from protos import open_inference as pb
 from serving.tensors import DATATYPES
 

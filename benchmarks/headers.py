@@ -23,6 +23,9 @@ class Status(NamedTuple):
 
 
 CONNECTION_LOST = Status("CONNECTION_LOST", "the connection ended while the call was under way")
+UNPROCESSED = Status(
+    "UNPROCESSED", "the server refused the stream, or closed the connection, without a look at the call"
+)
 _MOST_CACHED = 10_000
 _statuses: dict[bytes, Status] = {}  # by the header block that ends a call
 

@@ -13,19 +13,17 @@ import asyncio
 import struct
 from collections import deque
 from collections.abc import Iterable
-from time import perf_counter
 from typing import Any, Protocol, cast
 
-from benchmarks.headers import CONNECTION_LOST, Status, call_blocks, status_of
+from benchmarks.headers import CONNECTION_LOST, UNPROCESSED, Status, call_blocks, status_of
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 END_STREAM, END_HEADERS, PADDED, PRIORITY, ACK = 1, 4, 8, 32, 1
 HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 1, 3, 4, 5
+REFUSED_STREAM = 7  # an error code
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LARGEST_WINDOW = (1 << 31) - 1
-CONNECT_S = 10.0  # how long a connection may take
-ANSWER_S = 30.0  # and the answer to a call by itself
 TOP_UP = 1 << 30  # bytes received before a window is opened again
 DEFAULT_WINDOW = 65535
 
@@ -51,12 +49,11 @@ def _split_head(block: bytes) -> tuple[bytes, bytes]:
 class Call:
     """One RPC. `body` is what has been received: all of it for a unary call, the unfinished message of a stream."""
 
-    __slots__ = ("body", "received", "started", "stream", "streamed", "tag", "window")
+    __slots__ = ("body", "received", "stream", "streamed", "tag", "window")
 
     def __init__(self, streamed: bool, tag: Any) -> None:
         self.streamed = streamed
         self.tag = tag  # the caller's own
-        self.started = perf_counter()
         self.stream = 0  # once it is sent: the server may limit how many calls are under way
         self.window = 0  # bytes that may be sent
         self.received = 0  # bytes since the window was last opened
@@ -70,7 +67,7 @@ class Events(Protocol):
         """A message arrived on a streamed call, with its prefix."""
 
     def ended(self, call: Call, status: Status) -> None:
-        """A call ended; a unary one has its answer, with its prefix, in `call.body`."""
+        """A call ended; a unary one has its answer, with its prefix, in `call.body`. UNPROCESSED: make it again."""
 
     def closing(self, connection: Connection) -> None:
         """No more calls can be made; those under way still end, each with a status."""
@@ -81,6 +78,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, events: Events, authority: str, path: str, metadata: Iterable[tuple[str, str]] = ()) -> None:
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # the server's settings are here
+        self.closed = asyncio.Event()
         self.open = True
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -148,6 +146,11 @@ class Connection(asyncio.Protocol):
         self._blocked.append((call, memoryview(body), end))
         self._flush()
 
+    def finish(self, call: Call) -> None:
+        """Send no more on a streamed call; what was sent is still answered."""
+        if not self._transport.is_closing():
+            self.send(call, b"", end=True)
+
     def close(self) -> None:
         """Close the connection; calls under way end with CONNECTION_LOST."""
         self._stop()
@@ -193,6 +196,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._stop()
         self._end_all(list(self._calls), CONNECTION_LOST)
+        self.closed.set()
         if not self.ready.done():
             self.ready.set_exception(error or ConnectionError("the server closed the connection before its settings"))
 
@@ -280,11 +284,12 @@ class Connection(asyncio.Protocol):
             if self._blocked:
                 self._flush()
         elif kind == RST_STREAM:
-            self._end(stream, Status("RST_STREAM", f"error code {int.from_bytes(payload, 'big')}"))
+            code = int.from_bytes(payload, "big")
+            self._end(stream, UNPROCESSED if code == REFUSED_STREAM else Status("RST_STREAM", f"error code {code}"))
         elif kind == GOAWAY:
             last = int.from_bytes(payload[:4], "big")
             self._stop()
-            self._end_all([stream for stream in self._calls if stream > last], Status("UNAVAILABLE", "GOAWAY"))
+            self._end_all([stream for stream in self._calls if stream > last], UNPROCESSED)
             if not self._calls:
                 self._transport.close()
         elif kind == CONTINUATION and self._block:
@@ -332,63 +337,4 @@ class Connection(asyncio.Protocol):
             self.open = False
             self._events.closing(self)
         while self._waiting:
-            self._events.ended(self._waiting.popleft()[0], CONNECTION_LOST)
-
-
-async def connect(events: Events, target: str, path: str, metadata: Iterable[tuple[str, str]] = ()) -> Connection:
-    """Connect to `target`, host:port, for calls of the method `path`.
-
-    Raises:
-        OSError: nothing listens there, or what does speaks no HTTP/2.
-    """
-    host, _, port = target.rpartition(":")
-    try:
-        async with asyncio.timeout(CONNECT_S):
-            _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: Connection(events, target, path, metadata), host.strip("[]"), int(port)
-            )
-            await connection.ready
-    except TimeoutError as error:
-        raise TimeoutError(f"{target}: no HTTP/2 settings within {CONNECT_S:g} s") from error
-    return connection
-
-
-async def ask(target: str, path: str, request: bytes) -> bytes:
-    """One unary call by itself.
-
-    Raises:
-        OSError: the target cannot be connected to, or does not answer.
-        ValueError: the answer is an error of gRPC's; the text says which.
-    """
-    answer: asyncio.Future[tuple[Status, bytes]] = asyncio.get_running_loop().create_future()
-
-    class One:
-        def answered(self, call: Call, body: bytes) -> None: ...
-
-        def ended(self, call: Call, status: Status) -> None:
-            if not answer.done():
-                answer.set_result((status, call.body[5:]))
-
-        def closing(self, connection: Connection) -> None: ...
-
-    connection = await connect(One(), target, path)
-    try:
-        connection.call(message(request))
-        async with asyncio.timeout(ANSWER_S):
-            status, body = await answer
-    except TimeoutError as error:
-        raise TimeoutError(f"{target}: {path}: no answer within {ANSWER_S:g} s") from error
-    finally:
-        connection.close()
-    if status.name != "OK":
-        raise ValueError(f"{target}: {path}: {status.name}: {status.message}")
-    return body
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    """The fastest event loop that is installed."""
-    try:
-        import uvloop
-    except ImportError:  # it is not made for every platform
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+            self._events.ended(self._waiting.popleft()[0], UNPROCESSED)

@@ -101,7 +101,7 @@ def _kserve(python: Path, onnx: Path, model: str, port: int, _: Path) -> Command
 
 def _pytriton(python: Path, onnx: Path, model: str, port: int, _: Path) -> Command:
     """Its backend embeds a Python that it takes from the dynamic linker: it must be the environment's own."""
-    ask = [python, "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     libraries = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
     ports = [str(port), str(free_port()), str(free_port())]
     command = [str(python), str(SERVERS / "pytriton_onnx.py"), str(onnx), model, *ports]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.http2 import ask
+from benchmarks.calls import ask
 
 READY_S = 120.0  # how long a server may take to answer its first request
 STOP_S = 30.0  # and to stop when it is told to

@@ -14,6 +14,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,16 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import contenders, inprocess, peers
+from benchmarks.calls import ask
 from benchmarks.contenders import BOUND, Contender
 from benchmarks.driver import UNARY, Load
 from benchmarks.exchanges import Exchange, infer_request, random_inputs
-from benchmarks.http2 import ask
 from benchmarks.load import Result, run_load
 from benchmarks.machine import describe
 from benchmarks.processes import Started, cpu_s, rss_mb, started
+from benchmarks.report import tables
 from protos import open_inference as pb
 from serving.bundle import Bundle, newest, open_bundle
 from serving.errors import BundleError
@@ -58,7 +60,7 @@ class Round:
         self.figures: dict[str, float | None] = {
             "requests_per_s": result.requests_per_s,
             "images_per_s": result.images_per_s,
-            **{f"{name}_ms": value for name, value in asdict(result.ok).items()},
+            **{f"{name}_ms": None if math.isnan(value) else value for name, value in asdict(result.ok).items()},
             "cpu_us_per_request": result.watched_cpu_s / answers * 1e6,
             "generator_cpu_us_per_request": result.cpu_s / answers * 1e6,
             "generator_cpu_percent": result.cpu_s / seconds * 100,
@@ -71,7 +73,7 @@ class Round:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table and write JSON; 1 when an answer was not right or a server could not be measured."""
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     try:
         bundle = open_bundle(newest(options.repository / options.model))
         onnx = bundle.path / bundle.manifest.file_for("onnx")
@@ -83,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (peers.PeerError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _print(report, console)
+    for table in tables(report):
+        console.print(table)
     wrong = {status: text for row in report["rows"] for status, text in row["messages"].items()}
     for status, text in wrong.items():
         console.print(f"[red]{status}: {text}")
@@ -103,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", metavar="N", help="passed on to our server")
     parser.add_argument("--serve-option", action="append", default=[], metavar="--X=Y", help="passed on to our server")
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME:OPTIONS",
+        help="our server once more, with these options: 'one by one:--max-batch-size 1'",
+    )
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="in a request")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8, 32, 128], metavar="N", help="requests")
     parser.add_argument("--mode", nargs="+", default=["unary", "stream"], choices=["unary", "stream"])
@@ -155,13 +165,11 @@ def _measure(
             servers.append((contender, server))
             report["servers"][contender.name] = _at_rest(contender, server, options.idle)
             console.print(f"{contender.name}: first answer after {server.ready_s:.2f} s")
-        loops: list[list[dict[str, Any]]] = []
-        for number in range(options.rounds):
-            loops.append(_inprocess(onnx, options.images, options.seconds))
-            console.print(f"ONNX Runtime in a loop, round {number + 1} of {options.rounds}")
-        report["inprocess"] = [_median(list(rounds)) for rounds in zip(*loops, strict=True)]
+        loops: dict[int, list[list[dict[str, Any]]]] = {images: [] for images in options.images}
         for number, case in enumerate(cases):
+            loops[case.images].append(_inprocess(onnx, case.images, options.seconds / 2))
             rows = _case(case, servers, exchanges[case.images], options)
+            report["inprocess"] = [_median(rounds) for each in loops.values() for rounds in zip(*each, strict=True)]
             report["rows"] += rows
             console.print(
                 f"{number + 1} of {len(cases)}: {case}: "
@@ -181,6 +189,9 @@ def _contenders(
     yield contenders.bound(bundle)
     extra = [*(["--workers", options.workers] if options.workers else []), *options.serve_option]
     yield contenders.ours(options.repository, options.model, extra)
+    for also in options.also:
+        name, _, more = also.partition(":")
+        yield contenders.ours(options.repository, options.model, shlex.split(more), name)
     for name in options.peer:
         yield stack.enter_context(peers.peer(name, onnx, options.model, options.peer_python))
 
@@ -199,9 +210,10 @@ def _at_rest(contender: Contender, server: Started, seconds: float) -> dict[str,
     }
 
 
-def _inprocess(onnx: Path, images: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.inprocess", str(onnx), "--seconds", str(seconds), "--images"]
-    done = subprocess.run([*command, *map(str, images)], check=True, capture_output=True, text=True)
+def _inprocess(onnx: Path, images: int, seconds: float) -> list[dict[str, Any]]:
+    """Once for each case, so that these figures are spread over the run as the servers' are."""
+    command = [sys.executable, "-m", "benchmarks.inprocess", str(onnx), "--seconds", str(seconds)]
+    done = subprocess.run([*command, "--images", str(images)], check=True, capture_output=True, text=True)
     figures: list[dict[str, Any]] = json.loads(done.stdout)
     return figures
 
@@ -283,48 +295,6 @@ def _write(path: Path | None, report: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
-
-
-def _print(report: dict[str, Any], console: Console) -> None:
-    table = Table("server", "images", "mode", title="requests")
-    for column in (
-        "in flight",
-        "requests/s",
-        "images/s",
-        "of the bound",
-        "mean ms",
-        "p50",
-        "p99",
-        "batch",
-        "CPU us",
-        "generator CPU us",
-    ):
-        table.add_column(column, justify="right")
-    for row in report["rows"]:
-        table.add_row(
-            row["server"],
-            str(row["images"]),
-            "stream" if row["stream"] else "unary",
-            str(row["in_flight"]),
-            f"{row['requests_per_s']:,.0f}",
-            f"{row['images_per_s']:,.0f}",
-            "" if row["ratio_to_bound"] is None else f"{row['ratio_to_bound']:.2f}",
-            *(f"{row[name]:.2f}" for name in ("mean_ms", "p50_ms", "p99_ms")),
-            "" if row["mean_batch"] is None else f"{row['mean_batch']:.1f}",
-            f"{row['cpu_us_per_request']:.0f}",
-            f"{row['generator_cpu_us_per_request']:.0f}",
-        )
-    console.print(table)
-    table = Table("ONNX Runtime in a loop", "threads of a call", "calls at a time", "images/s", "ms a call")
-    for one in report["inprocess"]:
-        cells = (f"{one['images']:g} images", f"{one['threads']:g}", f"{one['loops']:g}")
-        table.add_row(*cells, f"{one['images_per_s']:,.0f}", f"{one['mean_ms']:.3f}")
-    console.print(table)
-    table = Table("server", "first answer after", "idle CPU", "resident memory of each process", "after the load")
-    for name, one in report["servers"].items():
-        sizes = [" + ".join(f"{size:.0f}" for size in one[key]) + " MB" for key in ("rss_mb", "rss_mb_after")]
-        table.add_row(name, f"{one['ready_s']:.2f} s", f"{one['idle_cpu_percent']:.2f} %", *sizes)
-    console.print(table)
 
 
 if __name__ == "__main__":

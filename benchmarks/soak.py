@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import contenders
+from benchmarks.calls import ask, connect, new_loop
 from benchmarks.driver import UNARY, Driver, Load
 from benchmarks.exchanges import Exchange, infer_request, random_inputs
 from benchmarks.headers import Status
-from benchmarks.http2 import Call, Connection, ask, connect, message, new_loop
+from benchmarks.http2 import Call, Connection, message
 from benchmarks.load import learn
 from benchmarks.machine import describe
 from benchmarks.processes import started

@@ -82,7 +82,7 @@ class Server:
         self._server.add_generic_rpc_handlers(
             (
                 # The health service goes on being answered when the gate is closed.
-                handler(self._health, _HEALTH, *shared),
+                handler(self._health, _HEALTH, Rpcs(), self._gate, config),  # probes are not counted
                 self._gate,
                 handler(self._classifier, _CLASSIFIER, *shared),
                 handler(open_inference_service, _PROTOCOL, *shared),

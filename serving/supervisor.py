@@ -93,8 +93,9 @@ class Supervisor:
 
     def reload(self) -> None:
         """Have every worker read its certificates and tokens again."""
-        for worker in self._joined():
-            worker.process.send_signal(signal.SIGHUP)
+        for worker in self._workers.values():
+            if worker.report:  # until then it may not handle the signal yet, and would be ended by it
+                worker.process.send_signal(signal.SIGHUP)
 
     async def ask(self, method: str, *arguments: Any) -> list[Any]:
         """Call what every worker offers by a name, and gather the answers; one that dies meanwhile is left out.

@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from test_parity import change_weight
 from test_server import Held
 
-import serving.repository
+import serving.loading
 from protos import classifier_pb2 as pb
 from protos import open_inference as oip
 from serving.errors import StartupError
@@ -243,14 +243,14 @@ def test_a_model_that_was_unloaded_is_not_shown(repository):
 def held(repository, monkeypatch):
     """A server whose model is held, with room for a few requests: (the server, the backend)."""
     opened = []
-    real = serving.repository.open_backend
+    real = serving.loading.open_backend
 
     def hold(*arguments):
         opened.append(Held(real(*arguments)))
         opened[0].released.set()  # for the golden check
         return opened[0]
 
-    monkeypatch.setattr(serving.repository, "open_backend", hold)
+    monkeypatch.setattr(serving.loading, "open_backend", hold)
     with running(repository, metrics_port=0, max_queue=6) as server:
         opened[0].released.clear()
         opened[0].started.clear()
