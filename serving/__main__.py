@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from serving import sources
+from serving import logs, sources
 from serving.client import DEFAULT_TARGET, Client, ModelInfo, PredictResult
 from serving.config import ServerConfig
 from serving.credentials import Credentials, read_tokens
@@ -125,19 +125,25 @@ def _client(options: argparse.Namespace) -> Client:
 
 def _serve(options: argparse.Namespace) -> int:
     config, origins = sources.load(given(ServerConfig, options), os.environ, options.config)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(config)
     for warning in sources.unknown_variables(os.environ):
         logger.warning("%s", warning)
     if options.show_config:
         print(sources.show(config, origins))  # noqa: T201
         return 0
-    count = worker_count(config)
-    if count > 1:
-        supervise(config, count)
-    else:
-        from serving.server import serve  # no other command needs ONNX Runtime, nor does a supervisor
+    try:
+        count = worker_count(config)
+        if count > 1:
+            supervise(config, count)
+        else:
+            from serving.server import serve  # no other command needs ONNX Runtime, nor does a supervisor
 
-        serve(config)
+            serve(config)
+    except ParityserveError as error:
+        if config.log_format == "text":
+            raise
+        logger.critical("%s", error)  # where programs read the log, its last line is for them too
+        return 1
     return 0
 
 

@@ -101,6 +101,11 @@ class ServerConfig(BaseModel):
         ge=1,
         description="most pixels, width x height, that a request's pictures may have together; checked before decoding",
     )
+    log_format: Literal["text", "json"] = Field("text", description="a log line: for people, or a JSON object")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least that is logged")
+    log_requests: Literal["none", "refused", "all"] = Field(
+        "refused", description="which requests are logged; of those refused, the first of each second"
+    )
     drain_delay_s: float = Field(
         0.0,
         ge=0,

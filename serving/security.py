@@ -163,7 +163,7 @@ class TokenGuard(grpc.aio.ServerInterceptor):
         problem = self._problem(details)
         if problem is None or details.method.startswith(OPEN):
             return await continuation(details)
-        return refusal(Unauthenticated(problem))
+        return refusal(Unauthenticated(problem), details.method)
 
     def _problem(self, details: grpc.HandlerCallDetails) -> str | None:
         for key, value in details.invocation_metadata:

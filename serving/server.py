@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import pickle
@@ -18,14 +17,15 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import classifier_pb2, open_inference
+from serving import transport
 from serving.config import ServerConfig
 from serving.control import Control, Local, Member, Readiness, Stop
-from serving.errors import StartupError, cannot_listen
+from serving.errors import StartupError
 from serving.repository import UNLOADED, Repository, State
 from serving.security import TokenGuard, tls
 from serving.services import handler
 from serving.services.classifier import ClassifierService
-from serving.services.gate import Gate
+from serving.services.gate import Gate, pause
 from serving.services.health import HealthService
 from serving.services.open_inference import OpenInferenceService
 from serving.snapshot import Snapshot, collect
@@ -47,12 +47,6 @@ _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
 _PROTOCOL = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 SERVICES = (_CLASSIFIER.full_name, _PROTOCOL.full_name)
-
-# A server that stops refuses calls until none came for so long, in so many rounds at most: see `serving.services.gate`.
-_QUIET_S = 0.05
-_ROUNDS = 20
-
-_INT_MAX = 2**31 - 1
 
 
 class Server:
@@ -80,15 +74,15 @@ class Server:
         self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._server = grpc.aio.server(
             interceptors=[self._guard] if self._guard else None,
-            options=_options(config, shared_port=member is not None),
+            options=transport.options(config, shared_port=member is not None),
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
         open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
-        shared = (self._rpcs, self._gate, config.max_message_bytes)
+        shared = (self._rpcs, self._gate, config)
         self._server.add_generic_rpc_handlers(
             (
                 # The health service goes on being answered when the gate is closed.
-                handler(self._health, _HEALTH, *shared),
+                handler(self._health, _HEALTH, Rpcs(), self._gate, config),  # probes are not counted
                 self._gate,
                 handler(self._classifier, _CLASSIFIER, *shared),
                 handler(open_inference_service, _PROTOCOL, *shared),
@@ -108,13 +102,7 @@ class Server:
         if self._taken_over is None:
             self.repository.scan()
             self._join()
-        try:
-            if self._tls:
-                port = self._server.add_secure_port(self._config.address, self._tls.credentials)
-            else:
-                port = self._server.add_insecure_port(self._config.address)
-        except RuntimeError as error:
-            raise cannot_listen(self._config.address) from error
+        port = transport.listen(self._server, self._config, self._tls)
         self._serve_metrics()
         await self._report()
         await self._server.start()
@@ -220,13 +208,8 @@ class Server:
             self._polling.cancel()
         self.repository.retire()
         self._health.stop()
-        await _pause(self._config.drain_delay_s, hurry)
-        self._gate.close()
-        for _ in range(_ROUNDS):
-            refused = self._gate.refused
-            await _pause(_QUIET_S, hurry)
-            if self._gate.refused == refused:
-                break
+        await pause(self._config.drain_delay_s, hurry)
+        await self._gate.close(hurry)
         self._health.close()
         finishing = asyncio.create_task(self._server.stop(self._config.drain_s))
         hurried = asyncio.create_task(hurry.wait())
@@ -240,40 +223,6 @@ class Server:
         await asyncio.to_thread(self.repository.close)
         if self._metrics:
             await asyncio.to_thread(self._metrics.close)
-
-
-async def _pause(seconds: float, hurry: asyncio.Event) -> None:
-    """Wait, but not when in a hurry."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(hurry.wait(), seconds)
-
-
-def _options(config: ServerConfig, shared_port: bool) -> list[tuple[str, int]]:
-    """gRPC's settings: https://grpc.github.io/grpc/core/group__grpc__arg__keys.html."""
-    options = {
-        # A message over our limit is refused by us, in words that help; gRPC only guards the memory.
-        "grpc.max_receive_message_length": min(2 * config.max_message_bytes, _INT_MAX),
-        "grpc.max_send_message_length": config.max_message_bytes,
-        # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
-        "grpc.so_reuseport": int(shared_port),
-        # Calls that arrived and that the event loop has not come to yet. More are refused by gRPC itself, which is quick:
-        # under overload the loop would else come to each when nobody waits for it any more.
-        "grpc.server.max_pending_requests": config.max_queue,
-        "grpc.server.max_pending_requests_hard_limit": config.max_queue,
-        "grpc.keepalive_time_ms": _ms(config.keepalive_time_s),
-        "grpc.keepalive_timeout_ms": _ms(config.keepalive_timeout_s),
-        "grpc.keepalive_permit_without_calls": 1,  # pings find dead connections that have no calls too
-        "grpc.http2.max_pings_without_data": 0,  # our own pings are not limited
-        "grpc.http2.min_ping_interval_without_data_ms": _ms(config.min_ping_interval_s),
-    }
-    if config.max_connection_age_s:
-        options["grpc.max_connection_age_ms"] = _ms(config.max_connection_age_s)
-        options["grpc.max_connection_age_grace_ms"] = _ms(config.max_connection_age_grace_s)
-    return list(options.items())
-
-
-def _ms(seconds: float) -> int:
-    return min(round(1000 * seconds), _INT_MAX)
 
 
 def _reflected() -> DescriptorPool:

@@ -15,6 +15,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
+from serving import logs
 from serving.channel import Gone
 from serving.config import ServerConfig
 from serving.control import Member
@@ -72,9 +73,7 @@ async def _work(end: socket.socket) -> int:
     member = Member()
     try:
         role = await member.connect(end)
-        logging.basicConfig(
-            level=logging.INFO, format=f"%(asctime)s %(levelname)s worker {role.number}: %(name)s: %(message)s"
-        )
+        logs.configure(role.config, role.number)
         try:
             await serve_here(role.config, member)
         except ParityserveError as error:

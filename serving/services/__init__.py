@@ -10,16 +10,18 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf import message_factory
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, ServiceDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from serving import errors
+from serving import errors, logs
+from serving.config import ServerConfig
 from serving.errors import InvalidArgument, MessageTooLarge, QueueFull, Unavailable
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
@@ -44,7 +46,7 @@ def in_bytes(method: Method) -> Method:
 
 
 def handler(
-    servicer: object, service: ServiceDescriptor, rpcs: Rpcs, gate: Gate, max_message_bytes: int
+    servicer: object, service: ServiceDescriptor, rpcs: Rpcs, gate: Gate, config: ServerConfig
 ) -> grpc.GenericRpcHandler:
     """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`; `gate` ends streams.
 
@@ -56,16 +58,18 @@ def handler(
         answer = getattr(servicer, method.name)
         raw = hasattr(answer, "in_bytes")
         parse = bytes if raw else parser(message_factory.GetMessageClass(method.input_type))
-        parsed = _limited(parse, max_message_bytes)
+        parsed = _limited(parse, config.max_message_bytes)
         serialize = None if raw else _serialize
-        count = _counter(rpcs, f"{service.full_name}/{method.name}")
+        rpc = Rpc(f"{service.full_name}/{method.name}", _id_field(method.input_type), rpcs)
         if method.server_streaming:
+            stream = _stream(answer, parsed, rpc, gate)
             methods[method.name] = grpc.stream_stream_rpc_method_handler(
-                _stream(answer, parsed, count, gate), response_serializer=serialize
+                _logged_stream(stream, rpc) if config.log_requests == "all" else stream, response_serializer=serialize
             )
         else:
+            unary = _unary(answer, parsed, rpc)
             methods[method.name] = grpc.unary_unary_rpc_method_handler(
-                _unary(answer, parsed, count), response_serializer=serialize
+                _logged_unary(unary, rpc) if config.log_requests == "all" else unary, response_serializer=serialize
             )
     return grpc.method_handlers_generic_handler(service.full_name, methods)
 
@@ -175,27 +179,63 @@ def _limited(parse: Callable[[bytes], Any], max_bytes: int) -> Callable[[bytes],
     return limited
 
 
-def _counter(rpcs: Rpcs, method: str) -> Callable[[str], None]:
-    """Counts an RPC of a method that ended with the status code named."""
+def _id_field(request: Descriptor) -> int:
+    """The number of the field that has a request's id; 0 where requests have none."""
+    field = request.fields_by_name.get("id")
+    return field.number if field else 0
 
-    def count(code: str) -> None:
-        rpcs.ended[method, code] += 1
 
-    return count
+@dataclass(frozen=True, slots=True)
+class Rpc:
+    """One method: how its calls are counted, and told apart in the log."""
+
+    name: str  # service/method
+    id_field: int
+    rpcs: Rpcs
+
+    def ended(self, code: str) -> None:
+        """Count a call that ended with the status code named."""
+        self.rpcs.ended[self.name, code] += 1
+
+    def about(self, context: Context, data: bytes) -> logs.Fields:
+        """What the log says of a call with this request."""
+        request_id = logs.text_field(data, self.id_field) if self.id_field else ""
+        return logs.about(self.name, context.peer(), context.invocation_metadata() or (), request_id)
+
+
+def _logged_unary(call: Callable[..., Awaitable[Any]], rpc: Rpc) -> Callable[..., Awaitable[Any]]:
+    async def logged(data: bytes, context: Context) -> Any:
+        start_ns = time.monotonic_ns()
+        response = await call(data, context)
+        logs.answered(rpc.about(context, data), start_ns, 1)
+        return response
+
+    return logged
+
+
+def _logged_stream(call: Callable[..., AsyncIterator[Any]], rpc: Rpc) -> Callable[..., AsyncIterator[Any]]:
+    async def logged(source: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        start_ns, answers = time.monotonic_ns(), 0
+        async for response in call(source, context):
+            answers += 1
+            yield response
+        logs.answered(rpc.about(context, b""), start_ns, answers)
+
+    return logged
 
 
 def _unary(
-    answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any], count: Callable[[str], None]
+    answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any], rpc: Rpc
 ) -> Callable[..., Awaitable[Any]]:
     async def call(data: bytes, context: Context) -> Any:
         try:
             response = await answer(parse(data), context)
         except Exception as error:
-            await _abort(context, error, count)
+            await _abort(context, error, rpc, data)
         except BaseException:  # the caller has gone
-            count("CANCELLED")
+            rpc.ended("CANCELLED")
             raise
-        count("OK")
+        rpc.ended("OK")
         return response
 
     return call
@@ -204,7 +244,7 @@ def _unary(
 def _stream(
     answer: Callable[..., AsyncIterator[Any]],
     parse: Callable[[bytes], Any],
-    count: Callable[[str], None],
+    rpc: Rpc,
     gate: Gate,
 ) -> Callable[..., Any]:
     async def call(source: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
@@ -215,19 +255,19 @@ def _stream(
                 if requests.is_cut:
                     raise Unavailable(STOPPING)
         except Exception as error:
-            await _abort(context, error, count)
+            await _abort(context, error, rpc)
         except BaseException:  # the caller has gone
-            count("CANCELLED")
+            rpc.ended("CANCELLED")
             raise
-        count("OK")
+        rpc.ended("OK")
 
     return call
 
 
-async def _abort(context: Context, error: Exception, count: Callable[[str], None]) -> NoReturn:
-    """End an RPC with the status of `error`: the only place that does so."""
-    code, details = errors.to_status(error)
-    count(code.name)
+async def _abort(context: Context, error: Exception, rpc: Rpc, data: bytes = b"") -> NoReturn:
+    """End an RPC with the status of what its servicer raised: the only place that does so."""
+    code, details = errors.to_status(error, lambda: rpc.about(context, data))
+    rpc.ended(code.name)
     trailing = _retry_info(code, details, error.retry_s) if isinstance(error, QueueFull) else ()
     await context.abort(code, details, trailing)
     raise AssertionError("abort raises")

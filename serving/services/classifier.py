@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import classifier_pb2 as pb
-from serving import errors, images
+from serving import errors, images, logs
 from serving.bundle import Manifest
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, QueueFull
@@ -70,7 +70,7 @@ class ClassifierService:
         try:
             return pb.PredictStreamResponse(response=await self._predict(request, until))
         except Exception as error:
-            code, details = errors.to_status(error)
+            code, details = errors.to_status(error, lambda: logs.about(_STREAM, "", (), request.id))
             self._rpcs.stream_errors[_STREAM, code.name] += 1
             return pb.PredictStreamResponse(error=pb.Error(id=request.id, code=code.value[0], message=details))
 

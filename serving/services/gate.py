@@ -7,24 +7,31 @@ here first, with a status that tells clients to try another server, until hardly
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Generic, TypeVar
 
 import grpc
 
-from serving import errors
+from serving import errors, logs
 from serving.errors import Unavailable
 
 STOPPING = "the server is stopping; try again, with another one"
 
+_QUIET_S = 0.05
+_ROUNDS = 20  # so many times that at most, for clients that do not mind being refused
+
 Request = TypeVar("Request")
 
 
-def refusal(error: Exception) -> grpc.RpcMethodHandler[Any, Any]:
+def refusal(error: Exception, method: str) -> grpc.RpcMethodHandler[Any, Any]:
     """Ends a call of any kind with the status of `error`, without reading it."""
 
     async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await context.abort(*errors.to_status(error))
+        def about() -> logs.Fields:
+            return logs.about(method, context.peer(), context.invocation_metadata() or ())
+
+        await context.abort(*errors.to_status(error, about))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -34,22 +41,29 @@ class Gate(grpc.GenericRpcHandler):
 
     def __init__(self) -> None:
         self.closed = False
-        self.refused = 0
-        self._refusal = refusal(Unavailable(STOPPING))
+        self._refused = 0
         self._open: set[Requests[Any]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Called by gRPC for each call; None leaves it to the next handler."""
         if not self.closed:
             return None
-        self.refused += 1
-        return self._refusal
+        self._refused += 1
+        return refusal(Unavailable(STOPPING), handler_call_details.method)
 
-    def close(self) -> None:
-        """Refuse new calls, and read no more requests from streams: those that were read are answered."""
+    async def close(self, hurry: asyncio.Event) -> None:
+        """Refuse new calls, and read no more requests from streams: those that were read are answered.
+
+        Returns when no more calls came for a moment, or when in a hurry.
+        """
         self.closed = True
         for requests in self._open:
             requests.cut()
+        for _ in range(_ROUNDS):
+            refused = self._refused
+            await pause(_QUIET_S, hurry)
+            if self._refused == refused:
+                break
 
     def requests(self, source: AsyncIterator[bytes], parse: Callable[[bytes], Request]) -> Requests[Request]:
         """A stream's requests as they come in, until its client ends it or the gate is closed."""
@@ -100,3 +114,9 @@ class Requests(Generic[Request]):
         self.is_cut = True
         if self._reader:
             self._reader.cancel()
+
+
+async def pause(seconds: float, hurry: asyncio.Event) -> None:
+    """Wait, but not when in a hurry."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(hurry.wait(), seconds)
