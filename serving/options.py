@@ -23,7 +23,8 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
     for name, field in model.model_fields.items():
         if names is not None and name not in names:
             continue
-        default = field.get_default()  # None where it is made from other fields, and the description tells
+        # None where it is made from other fields, and the description tells.
+        default = None if field.default_factory else field.get_default()
         help_text = f"{field.description} (default: {default})" if default is not None else field.description
         arguments: dict[str, Any] = {"help": (help_text or "").replace("%", "%%"), "default": argparse.SUPPRESS}
         kind = kind_of(model, name)
