@@ -10,7 +10,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 CHECKPOINT := runs/$(DATASET).pt
 
-.PHONY: help setup demo test test-gpu lint protos train serve benchmark overload soak clean
+.PHONY: help setup demo test test-gpu lint protos docs train serve benchmark overload soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,9 @@ protos: setup  ## the Python code, types and descriptors of protos/*.proto
 	$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/classifier.proto
 	$(PYTHON) -m grpc_tools.protoc -I. --pyi_out=. --include_imports \
 		--descriptor_set_out=protos/open_inference.binpb protos/open_inference.proto
+
+docs: setup  ## the table of settings in docs/operations.md
+	$(PYTHON) -c 'from pathlib import Path; from serving import sources; sources.write_table(Path("docs/operations.md"))'
 
 train: setup  ## train and export one version (DATASET=mnist)
 	$(PYTHON) -m trainer train --dataset $(DATASET) --checkpoint $(CHECKPOINT)

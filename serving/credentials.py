@@ -23,9 +23,9 @@ class Credentials:
     """
 
     tls: bool = False
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
+    ca: Path | str | None = None
+    cert: Path | str | None = None
+    key: Path | str | None = None
     token: str = ""
     allow_plaintext_token: bool = False  # something else encrypts: a service mesh, a tunnel
 
@@ -40,7 +40,7 @@ class Credentials:
             raise InvalidArgument("a client's certificate and its key belong together: got only one of them")
         if not (self.tls or self.ca or self.cert):
             return None
-        ca, key, cert = (path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
+        ca, key, cert = (Path(path).read_bytes() if path else None for path in (self.ca, self.key, self.cert))
         return grpc.ssl_channel_credentials(ca, key, cert)
 
     def metadata(self, target: str) -> tuple[tuple[str, str], ...]:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,7 +14,7 @@ import pytest
 from serving.__main__ import main, parser
 from serving.config import ServerConfig
 from serving.options import flag, given
-from serving.sources import load, show, unknown_variables
+from serving.sources import load, show, unknown_variables, write_table
 
 
 @pytest.fixture
@@ -166,3 +168,34 @@ def test_show_config_prints_a_file_that_says_the_same(file, tmp_path):
 def test_a_wrong_configuration_ends_the_command_with_2(file, capsys):
     assert main(["serve", "--config", str(file("prot = 1"))]) == 2
     assert "no such setting: prot (did you mean port?)" in capsys.readouterr().err
+
+
+# --- docs/operations.md
+
+PAGE = Path(__file__).parents[1] / "docs" / "operations.md"
+
+
+def test_the_table_of_settings_is_current(tmp_path):
+    made = tmp_path / "operations.md"
+    shutil.copy(PAGE, made)
+    write_table(made)
+    assert made.read_text() == PAGE.read_text(), "docs/operations.md is stale: make docs"
+    for name in ServerConfig.model_fields:
+        assert f"| `{name}` |" in made.read_text()
+
+
+def test_the_pages_settings_and_commands_are_accepted(file):
+    (example,) = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert load({}, {}, file(example))[0].log_format == "json"
+    lines = [line for line in PAGE.read_text().splitlines() if " -m serving " in line]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line.partition(" -m serving ")[2], comments=True)
+        parser().parse_args(words)  # exits, which fails the test, when it is not accepted
+
+
+def test_the_page_mentions_no_flag_that_does_not_exist():
+    known = {flag(ServerConfig, name) for name in ServerConfig.model_fields}
+    mentioned = set(re.findall(r"`(--[a-z][a-z-]+[a-z])", PAGE.read_text()))
+    assert mentioned
+    assert mentioned <= known | {"--config"}, mentioned - known
