@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", tuple[int, ...]: "N,N"}
 
 
 def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: list[str] | None = None) -> None:
@@ -23,7 +23,8 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
     for name, field in model.model_fields.items():
         if names is not None and name not in names:
             continue
-        default = field.get_default()  # None where it is made from other fields, and the description tells
+        # None where it is made from other fields, and the description tells.
+        default = None if field.default_factory else field.get_default()
         help_text = f"{field.description} (default: {default})" if default is not None else field.description
         arguments: dict[str, Any] = {"help": (help_text or "").replace("%", "%%"), "default": argparse.SUPPRESS}
         kind = kind_of(model, name)
@@ -31,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
             arguments["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
             arguments["choices"] = get_args(kind)
-        elif get_origin(kind) is tuple:
+        elif _repeated(kind):
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}
         elif get_origin(kind) in (types.UnionType, Union):  # of a word and a number
             arguments["metavar"] = "N|auto"
@@ -48,9 +49,13 @@ def kind_of(model: type[BaseModel], name: str) -> Any:
 
 
 def flag(model: type[BaseModel], name: str) -> str:
-    """A field's option: that of a tuple is given once for each of its values, and so is singular."""
-    repeated = get_origin(kind_of(model, name)) is tuple
-    return "--" + (name.rstrip("s") if repeated else name).replace("_", "-")
+    """A field's option: that of several texts is given once for each of them, and so is singular."""
+    return "--" + (name.rstrip("s") if _repeated(kind_of(model, name)) else name).replace("_", "-")
+
+
+def _repeated(kind: Any) -> bool:
+    """Whether an option is given once for each value: texts are, numbers stand in one word with commas."""
+    return get_origin(kind) is tuple and str in get_args(kind)
 
 
 def given(model: type[BaseModel], namespace: argparse.Namespace) -> dict[str, Any]:
@@ -79,9 +84,12 @@ def build(model: type[Model], values: Mapping[str, Any], names: Mapping[str, str
     except ValidationError as error:
         lines = []
         for problem in error.errors():
+            if problem["type"] == "default_factory_not_called":
+                continue  # only says that another field is wrong
             if problem["loc"]:
                 name = str(problem["loc"][0])
-                lines.append(f"{names.get(name, name)}: {problem['msg']}, got {problem['input']!r}")
+                text = problem["msg"].removeprefix("Value error, ")
+                lines.append(f"{names.get(name, name)}: {text}, got {problem['input']!r}")
             else:  # of the fields together: the text names them
                 lines.append(problem["msg"].removeprefix("Value error, "))
         raise ValueError("; ".join(lines)) from error

@@ -33,8 +33,8 @@ def options(config: ServerConfig, shared_port: bool) -> list[tuple[str, int]]:
         "grpc.max_send_message_length": config.max_message_bytes,
         # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
         "grpc.so_reuseport": int(shared_port),
-        # Calls that arrived and that the event loop has not come to yet. More are refused by gRPC itself, which is
-        # quick: under overload the loop would else come to each when nobody waits for it any more.
+        # Calls that arrived and that the event loop has not come to yet. gRPC itself refuses more, which is quick;
+        # under overload the loop would else come to each when nobody waits for it any more.
         "grpc.server.max_pending_requests": config.max_queue,
         "grpc.server.max_pending_requests_hard_limit": config.max_queue,
         "grpc.keepalive_time_ms": _ms(config.keepalive_time_s),

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,11 @@ from serving.backends.cuda import device_problem
 from serving.bundle import MANIFEST, Bundle, open_bundle
 from serving.config import ServerConfig
 from serving.server import Server
-from trainer import data, train
+from trainer import data, runs, train
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
 from trainer.data import DATASETS, Split
 from trainer.export import export
-from trainer.models import Cnn
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-sample.npz"
 MODEL = "fashion-mnist"
@@ -88,16 +87,10 @@ def sample() -> tuple[Split, Split]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(sample: tuple[Split, Split]) -> Checkpoint:
+def checkpoint(sample: tuple[Split, Split], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The seed CNN, trained on the sample for a second: real weights, if not good ones."""
-    training, test = sample
-    dataset = DATASETS[MODEL]
-    config = TrainConfig(dataset=MODEL, epochs=4, batch_size=50, validation_images=50)
-    fitting, validation = data.split_validation(training, config.validation_images, config.seed)
-    network = train.build(Cnn, config.seed, mean=dataset.mean, std=dataset.std)
-    history = [asdict(metrics) for metrics in train.fit(network, fitting, validation, config)]
-    _, accuracy = train.evaluate(network, test)
-    return Checkpoint("cnn", MODEL, network.state_dict(), config.model_dump(), history, accuracy, len(test))
+    config = TrainConfig(dataset=MODEL, epochs=4, batch_size=50, validation_images=50, device="cpu")
+    return runs.run(config, sample, runs.Files(tmp_path_factory.mktemp("runs") / "net.pt"))
 
 
 @pytest.fixture(scope="session")

@@ -246,7 +246,7 @@ def test_overload(repository, tmp_path):
 @pytest.mark.parametrize(("most", "code"), [("1e9", 0), ("-1e9", 1)])
 def test_soak(repository, tmp_path, most, code):
     path = tmp_path / "soak.json"
-    arguments = ["--repository", str(repository), "--model", MODEL, "--seconds", "3", "--most-mb-per-min", most]
+    arguments = ["--repository", str(repository), "--model", MODEL, "--seconds", "3", f"--most-mb-per-min={most}"]
     ended = soak.main([*arguments, "--json", str(path)])
     written = json.loads(path.read_text())
     assert written["problems"] == {}
@@ -259,7 +259,7 @@ def test_soak(repository, tmp_path, most, code):
 @pytest.fixture(scope="module")
 def figures(repository, tmp_path_factory):
     path = tmp_path_factory.mktemp("figures") / "serving.json"
-    sizes = ["--images", "1", "64", "--in-flight", "1", "32", "--rounds", "1", "--seconds", "0.3", "--warmup", "0.1"]
+    sizes = ["--images", "1", "4", "--in-flight", "1", "32", "--rounds", "1", "--seconds", "0.5", "--warmup", "0.1"]
     arguments = ["--repository", str(repository), "--model", MODEL, *sizes, "--idle", "0.2", "--json", str(path)]
     assert serving.main(arguments) == 0
     return path
@@ -277,7 +277,7 @@ def test_serving_measures_every_case(figures):
         assert (row["ratio_to_bound"] == 1) == (row["server"] == BOUND)
         assert (row["mean_batch"] is None) == (row["server"] == BOUND)
     assert report.find(written, OURS, 1, 1)["mean_batch"] == 1
-    assert {one["images"] for one in written["inprocess"]} == {1, 64}
+    assert {one["images"] for one in written["inprocess"]} == {1, 4}
     for server in written["servers"].values():
         assert server["ready_s"] > 0
         assert min(*server["rss_mb"], *server["rss_mb_after"]) > 10
@@ -293,8 +293,8 @@ def test_the_report_goes_between_its_markers(figures, tmp_path, capsys):
     assert text.endswith("after\n")
     assert "old" not in text
     assert text.count("### Targets") == text.count("### Unary") == text.count("### Streamed") == 1
-    row = report.find(json.loads(figures.read_text()), OURS, 64, 32)
-    assert f"| {OURS} | 64 | 32 | {row['requests_per_s']:,.0f} |" in text
+    row = report.find(json.loads(figures.read_text()), OURS, 4, 32)
+    assert f"| {OURS} | 4 | 32 | {row['requests_per_s']:,.0f} |" in text
     page.write_text("no markers")
     assert report.main([str(figures), "--write", str(page)]) == 2
     assert report.main([str(figures)]) == 0

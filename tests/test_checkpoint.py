@@ -40,7 +40,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     path.write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(CheckpointError):
         load(path)
-    torch.save({"format": "parityserve-checkpoint-1", "weights": Evil()}, path)
+    torch.save({"format": "parityserve-checkpoint-2", "weights": Evil()}, path)
     with pytest.raises(CheckpointError):
         load(path)
     assert not (tmp_path / "ran").exists()
@@ -49,12 +49,16 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 def test_another_programs_file_is_refused(tmp_path):
     path = tmp_path / "other.pt"
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(CheckpointError, match="is not a parityserve-checkpoint-1 file"):
+    with pytest.raises(CheckpointError, match="is not a parityserve-checkpoint-2 file; train again"):
         load(path)
 
 
 def test_another_networks_weights_are_refused_by_name(checkpoint):
-    with pytest.raises(CheckpointError, match="network 'resnet' is not known, only: cnn"):
-        replace(checkpoint, network="resnet").build()
+    with pytest.raises(
+        CheckpointError, match=r"configuration is not one of this version: network: Input should be 'cnn',"
+    ):
+        replace(checkpoint, training=checkpoint.training | {"network": "resnet"}).build()
     with pytest.raises(CheckpointError, match="not the weights of network cnn"):
         replace(checkpoint, weights={"features.0.weight": torch.zeros(1)}).build()
+    with pytest.raises(CheckpointError, match="not the weights of network custom"):
+        replace(checkpoint, training=checkpoint.training | {"channels": [16, 64]}).build()

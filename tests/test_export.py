@@ -6,10 +6,13 @@ import onnxruntime
 import pytest
 import torch
 from conftest import MODEL
+from test_models import FORMS, used
 
 from serving.bundle import open_bundle
 from trainer import export as exporting
 from trainer import train
+from trainer.checkpoint import Checkpoint
+from trainer.config import TrainConfig
 from trainer.export import ExportError, export
 from trainer.models import Deployed
 
@@ -70,7 +73,7 @@ def test_a_file_that_answers_otherwise_is_not_published(checkpoint, sample, tmp_
     trained = exporting.Deployed
 
     def untrained(network):
-        return trained(train.build(type(network), seed=99, mean=72.9, std=90.0))
+        return trained(train.build(network.config, seed=99, mean=72.9, std=90.0))
 
     monkeypatch.setattr(exporting, "Deployed", untrained)
     with pytest.raises(ExportError) as raised:
@@ -78,3 +81,18 @@ def test_a_file_that_answers_otherwise_is_not_published(checkpoint, sample, tmp_
     assert "model.onnx, batch 1: logits" in str(raised.value)
     assert "model.pt, batch 3: logits" in str(raised.value)
     assert list((tmp_path / MODEL).iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_of_network_is_exported_and_proved(form, sample, tmp_path):
+    """`export` publishes nothing that does not answer like PyTorch, with any batch size."""
+    config = TrainConfig(dataset=MODEL, **form)
+    bundle, report = export(
+        Checkpoint(config.model_dump(mode="json"), used(form).state_dict(), []), sample[1], tmp_path
+    )
+    assert {row.backend for row in report.rows} == {"eager", "torchscript", "onnx"}
+    assert report.passed
+    assert bundle.manifest.network == config.name
+    assert bundle.manifest.test_accuracy.n == 150
+    kinds = {node.op_type for node in onnx.load(bundle.path / "model.onnx").graph.node}
+    assert not kinds & {"BatchNormalization", "Dropout"}  # the first is folded, the second gone

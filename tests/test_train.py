@@ -5,17 +5,16 @@ import torch
 
 from serving.backends.cuda import device_problem
 from serving.errors import DeviceError
-from trainer import data, train
+from trainer import data, devices, train
 from trainer.config import DEFAULT_EPOCHS, TrainConfig
 from trainer.data import DATASETS
-from trainer.models import Cnn
 
 CONFIG = TrainConfig(dataset="fashion-mnist", epochs=2, batch_size=60, validation_images=100)
 
 
 def fitted(sample, config):
     fitting, validation = data.split_validation(sample[0], config.validation_images, config.seed)
-    network = train.build(Cnn, config.seed, mean=DATASETS["fashion-mnist"].mean, std=DATASETS["fashion-mnist"].std)
+    network = train.build(config, config.seed, mean=DATASETS["fashion-mnist"].mean, std=DATASETS["fashion-mnist"].std)
     return network, list(train.fit(network, fitting, validation, config))
 
 
@@ -40,7 +39,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(sample):
 def test_metrics_of_every_epoch(sample):
     seen = []
     fitting, validation = data.split_validation(sample[0], 100, 0)
-    network = train.build(Cnn, 0, mean=72.9, std=90.0)
+    network = train.build(seed=0, mean=72.9, std=90.0)
     history = list(train.fit(network, fitting, validation, CONFIG, seen.append))
     assert [m.epoch for m in history] == [1, 2]
     assert sum(seen) == 2 * 500
@@ -53,7 +52,7 @@ def test_training_loss_is_the_mean_over_images_with_a_smaller_last_batch(sample)
     """With a step size of nearly nothing the epoch's loss is the initial network's loss over the whole set."""
     config = CONFIG.model_copy(update={"epochs": 1, "learning_rate": 1e-30, "batch_size": 70})
     fitting, validation = data.split_validation(sample[0], 100, 0)
-    network = train.build(Cnn, 0, mean=72.9, std=90.0)
+    network = train.build(seed=0, mean=72.9, std=90.0)
     want, _ = train.evaluate(network, fitting)
     (metrics,) = train.fit(network, fitting, validation, config)
     assert metrics.train_loss == pytest.approx(want, rel=1e-4)
@@ -69,20 +68,20 @@ def test_validation_images_are_not_trained_on(sample):
 
 
 def test_a_device_that_is_named_never_falls_back():
-    assert train.select_device("cpu") == (torch.device("cpu"), "asked for")
+    assert devices.select_device("cpu") == (torch.device("cpu"), "asked for")
     if problem := device_problem(0):
         with pytest.raises(DeviceError) as raised:
-            train.select_device("cuda")
+            devices.select_device("cuda")
         assert str(raised.value) == problem
         with pytest.raises(DeviceError, match=r"cuda:7|driver"):
-            train.select_device("cuda:7")
+            devices.select_device("cuda:7")
     if not torch.backends.mps.is_available():
         with pytest.raises(DeviceError, match="mps: torch finds no Apple GPU"):
-            train.select_device("mps")
+            devices.select_device("mps")
 
 
 def test_auto_says_why():
-    device, why = train.select_device("auto")
+    device, why = devices.select_device("auto")
     assert why.startswith("auto: ")
     assert device.type != "cpu" or device_problem(0) in why
 
@@ -99,8 +98,8 @@ def test_the_default_recipe_reaches_its_accuracy(data_dir, name, accuracy):
     config = TrainConfig(dataset=name)
     training, test = data.load(DATASETS[name], data_dir)
     fitting, validation = data.split_validation(training, config.validation_images, config.seed)
-    network = train.build(Cnn, config.seed, mean=DATASETS[name].mean, std=DATASETS[name].std)
-    device, _ = train.select_device("auto")
+    network = train.build(config, config.seed, mean=DATASETS[name].mean, std=DATASETS[name].std)
+    device, _ = devices.select_device("auto")
     for _ in train.fit(network.to(device), fitting.to(device), validation.to(device), config):
         pass
     assert train.evaluate(network, test.to(device))[1] >= accuracy
@@ -108,9 +107,9 @@ def test_the_default_recipe_reaches_its_accuracy(data_dir, name, accuracy):
 
 @pytest.mark.gpu
 def test_training_on_cuda(sample):
-    device, _ = train.select_device("cuda")
+    device, _ = devices.select_device("cuda")
     fitting, validation = data.split_validation(sample[0], 100, 0)
-    network = train.build(Cnn, 0, mean=72.9, std=90.0).to(device)
+    network = train.build(seed=0, mean=72.9, std=90.0).to(device)
     history = list(train.fit(network, fitting.to(device), validation.to(device), CONFIG))
     assert history[-1].train_loss < history[0].train_loss
     assert next(network.parameters()).device == device

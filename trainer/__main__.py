@@ -1,4 +1,4 @@
-"""`python -m trainer data | train | export | parity`: arguments, logging, progress, exit codes.
+"""`python -m trainer data | train | summary | export | parity`: arguments, logging, progress, exit codes.
 
 Exit codes: 0 done; 1 it failed, or a parity row did; 2 the command is wrong; 130 stopped by Ctrl-C.
 """
@@ -9,18 +9,18 @@ import argparse
 import json
 import logging
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from serving.errors import ParityserveError
-from serving.options import add_options, parse
-from trainer.config import DatasetName, TrainConfig
+from serving.options import add_options, given, parse
+from trainer import sources
+from trainer.config import DatasetName, NetworkConfig, TrainConfig
 
 if TYPE_CHECKING:
     from trainer.parity import Report
@@ -40,8 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt as interrupt:
+        (kept,) = interrupt.args or (None,)
+        print(f"stopped; {kept or 'nothing was written'}", file=sys.stderr)  # noqa: T201
         return 130
 
 
@@ -58,10 +59,19 @@ def parser() -> argparse.ArgumentParser:
     data.set_defaults(command=_data)
 
     train = commands.add_parser("train", help="train the network and write a checkpoint")
+    _add_sources(train)
     add_options(train, TrainConfig)
     train.add_argument("--checkpoint", type=Path, metavar="PATH", help="the file to write (default: runs/<dataset>.pt)")
+    train.add_argument(
+        "--resume", action="store_true", help="go on after the last finished epoch of the training that was interrupted"
+    )
     _add_data_dir(train)
     train.set_defaults(command=_train)
+
+    summary = commands.add_parser("summary", help="list the layers of a network with shapes, parameters and mult-adds")
+    _add_sources(summary)
+    add_options(summary, TrainConfig, list(NetworkConfig.model_fields))
+    summary.set_defaults(command=_summary)
 
     export = commands.add_parser("export", help="write a checkpoint as the next version of a model, once it is proved")
     export.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="what train wrote")
@@ -103,6 +113,16 @@ def _add_data_dir(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--recipe", choices=sources.recipes(), help="options that go together; others change them")
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="TOML file with options, or the manifest.json of an exported version, to repeat its training",
+    )
+
+
 # The commands import what they need themselves: `--help` and a wrong option answer without waiting for torch.
 
 
@@ -135,46 +155,34 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = parse(TrainConfig, options)
-    from trainer import data, train
-    from trainer.checkpoint import Checkpoint, save
-    from trainer.models import NETWORKS, count_parameters
+    given_options = given(TrainConfig, options)
+    config = sources.resolve(given_options, options.recipe, options.config)
+    from trainer import data, processes, progress, runs
 
-    device, why = train.select_device(config.device)
-    dataset = data.DATASETS[config.dataset]
-    training, test = data.load(dataset, _obtain(config.dataset, options.data_dir))
-    fitting, validation = data.split_validation(training, config.validation_images, config.seed)
-
-    train.set_deterministic()
-    network = train.build(NETWORKS["cnn"], config.seed, mean=dataset.mean, std=dataset.std).to(device)
-    console.print(f"network: cnn, {count_parameters(network):,} parameters, on {device} ({why})", soft_wrap=True)
-    history = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=config.epochs * len(fitting))
-        epochs = train.fit(
-            network, fitting.to(device), validation.to(device), config, lambda images: bar.advance(task, images)
+    files = runs.Files(options.checkpoint or Path("runs") / f"{config.dataset}.pt")
+    if options.resume:
+        config = sources.resolve(given_options, options.recipe, options.config, runs.saved_options(files))
+    with processes.join(config.device) as together:
+        if together.first:
+            _obtain(config.dataset, options.data_dir)
+        together.wait()
+        splits = data.load(data.DATASETS[config.dataset], options.data_dir or data.default_data_dir())
+        with progress.training(console, config, together) as watcher:
+            trained = runs.run(config, splits, files, resume=options.resume, watcher=watcher, processes=together)
+    if together.first:
+        console.print(
+            f"test accuracy: {trained.test_accuracy:.2%} of {trained.test_images} images, seed {config.seed}",
+            style="bold",
         )
-        for metrics in epochs:
-            history.append(asdict(metrics))
-            bar.console.print(
-                f"epoch {metrics.epoch}/{config.epochs}: training loss {metrics.train_loss:.4f}, "
-                f"validation loss {metrics.validation_loss:.4f}, accuracy {metrics.validation_accuracy:.2%}, "
-                f"learning rate {metrics.learning_rate:.1e}, {metrics.seconds:.1f} s, "
-                f"{metrics.images_per_s:,.0f} images/s",
-                soft_wrap=True,
-            )
-    _, accuracy = train.evaluate(network, test.to(device))
-    console.print(f"test accuracy: {accuracy:.2%} of {len(test)} images, seed {config.seed}", style="bold")
-    path = options.checkpoint or Path("runs") / f"{config.dataset}.pt"
-    weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    save(Checkpoint("cnn", config.dataset, weights, config.model_dump(), history, accuracy, len(test)), path)
-    console.print(f"checkpoint: {path}", soft_wrap=True)
+        console.print(f"checkpoint: {files.result}", soft_wrap=True)
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    config = sources.resolve(given(TrainConfig, options), options.recipe, options.config)
+    from trainer.summary import layer_table
+
+    print(layer_table(config))  # noqa: T201
     return 0
 
 

@@ -11,6 +11,7 @@ import logging
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from serving.errors import ParityserveError
 from serving.tensors import TensorSpec
 from trainer import parity
 from trainer.checkpoint import Checkpoint
+from trainer.config import CLASSES, HEIGHT, WIDTH
 from trainer.data import DATASETS, Split
-from trainer.models import CLASSES, HEIGHT, WIDTH, Cnn, Deployed, count_parameters
-from trainer.train import predict
+from trainer.models import Deployed, Network, count_parameters
+from trainer.train import evaluate, predict
 
 TORCHSCRIPT = "model.pt"
 WEIGHTS = "weights.pt"
@@ -69,6 +71,8 @@ def export(
         ValueError: the model's name cannot be a folder's.
     """
     network = checkpoint.build()
+    if checkpoint.test_accuracy is None:  # the best or latest epoch of a training that may still go on
+        checkpoint = replace(checkpoint, test_accuracy=evaluate(network, test)[1], test_images=len(test))
     with bundles.draft(repository, model or checkpoint.dataset) as folder:
         on_step("writing weights, golden answers and labels")
         torch.save(network.state_dict(), folder / WEIGHTS)
@@ -95,7 +99,7 @@ def export(
     return published, report
 
 
-def _write_golden(network: Cnn, test: Split, path: Path) -> None:
+def _write_golden(network: Network, test: Split, path: Path) -> None:
     image = np.concatenate([test.images[:GOLDEN_TEST_IMAGES].numpy(), parity.extremes()])
     np.savez_compressed(path, image=image, logits=predict(network, torch.from_numpy(image)).numpy())
 
@@ -136,13 +140,15 @@ def _identity(checkpoint: Checkpoint, model: str) -> dict[str, str]:
         "model": model,
         "dataset": checkpoint.dataset,
         "labels": json.dumps(DATASETS[checkpoint.dataset].labels),
-        "network": checkpoint.network,
+        "network": checkpoint.config.name,
         "test_accuracy": str(checkpoint.test_accuracy),
         "source_revision": source_revision() or "",
     }
 
 
-def _manifest(checkpoint: Checkpoint, network: Cnn, folder: Path) -> Manifest:
+def _manifest(checkpoint: Checkpoint, network: Network, folder: Path) -> Manifest:
+    assert checkpoint.test_accuracy is not None, "measured where it was not known"
+    assert checkpoint.test_images is not None, "known with the accuracy"
     kinds = {WEIGHTS: "eager", TORCHSCRIPT: "torchscript", ONNX: "onnx"}
     files: dict[str, FileEntry] = {name: bundles.entry(folder / name) for name in (GOLDEN, LABELS)}
     files |= {name: bundles.entry(folder / name, backend=kind, precision="fp32") for name, kind in kinds.items()}
@@ -155,7 +161,7 @@ def _manifest(checkpoint: Checkpoint, network: Cnn, folder: Path) -> Manifest:
         inputs=(INPUT,),
         outputs=(LOGITS, PROBABILITIES),
         files=files,
-        network=checkpoint.network,
+        network=checkpoint.config.name,
         parameters=count_parameters(network),
         training=checkpoint.training,
         source_revision=source_revision(),

@@ -5,41 +5,82 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-CLASSES = 10
-HEIGHT = WIDTH = 28
+from trainer.config import CLASSES, NetworkConfig
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky-relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
 
 
-class Cnn(nn.Module):
-    """Two convolutions and two linear layers, 225,034 parameters: raw pixels in, logits out."""
+class Network(nn.Module):
+    """Blocks of convolutions, then linear layers: raw pixels in, logits out."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        """`mean` and `std` are of the training set's pixels, 0 to 255; they are saved with the weights."""
+    def __init__(self, config: NetworkConfig | None = None, mean: float = 0.0, std: float = 1.0) -> None:
+        """`config` is the form, that of `cnn` when not given.
+
+        `mean` and `std` are of the training set's pixels, 0 to 255; they are saved with the weights.
+        """
         super().__init__()
+        self.config = (config or NetworkConfig()).form
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
-        self.features = nn.Sequential(  # [N, 1, 28, 28]
-            nn.Conv2d(1, 32, kernel_size=3),  # [N, 32, 26, 26]
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # [N, 32, 13, 13]
-            nn.Conv2d(32, 64, kernel_size=3),  # [N, 64, 11, 11]
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # [N, 64, 5, 5]
-        )
-        self.classifier = nn.Sequential(
-            nn.Flatten(),  # [N, 1600]
-            nn.Linear(64 * 5 * 5, 128),
-            nn.ReLU(),
-            nn.Linear(128, CLASSES),  # [N, 10]
-        )
+        features, size = _features(self.config)
+        self.features = nn.Sequential(*features)  # [N, 1, 28, 28] -> [N, C, S, S]
+        self.classifier = nn.Sequential(*_classifier(self.config, size))  # -> [N, 10]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Logits float32 [N, 10], unnormalised, of images uint8 [N, 1, 28, 28]."""
         normalised = (image.to(torch.float32) - self.mean) / self.std
         logits: torch.Tensor = self.classifier(self.features(normalised))
         return logits
+
+
+def _features(config: NetworkConfig) -> tuple[list[nn.Module], int]:
+    """The layers of the blocks, and how many numbers they make of one image."""
+    layers: list[nn.Module] = []
+    width = 1
+    padding = config.kernel_size // 2 if config.padding == "same" else 0
+    for channels in config.channels:
+        for last in [*[False] * (config.convs - 1), True]:
+            layers.append(nn.Conv2d(width, channels, config.kernel_size, padding=padding))
+            width = channels
+            if config.batch_norm:
+                layers.append(nn.BatchNorm2d(channels))
+            # Before the activation: the same numbers where that is monotonic, as the default is, for less work.
+            if last and config.pool > 1:
+                layers.append(nn.MaxPool2d(config.pool))
+            layers.append(_ACTIVATIONS[config.activation]())
+    if config.global_pool:
+        return [*layers, nn.AdaptiveAvgPool2d(1)], width
+    return layers, width * config.feature_size**2
+
+
+def _classifier(config: NetworkConfig, inputs: int) -> list[nn.Module]:
+    """The linear layers, from what the blocks give, or from the pixels where there is no block."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for number, size in enumerate(config.hidden):
+        if config.channels or number:  # never of pixels
+            layers += _dropout(config)
+        layers.append(nn.Linear(inputs, size))
+        if config.batch_norm:
+            layers.append(nn.BatchNorm1d(size))
+        layers.append(_ACTIVATIONS[config.activation]())
+        inputs = size
+    if config.channels or config.hidden:
+        layers += _dropout(config)
+    return [*layers, nn.Linear(inputs, CLASSES)]
+
+
+def _dropout(config: NetworkConfig) -> list[nn.Module]:
+    return [nn.Dropout(config.dropout)] if config.dropout else []
 
 
 class Deployed(nn.Module):
@@ -53,9 +94,6 @@ class Deployed(nn.Module):
         """Logits and probabilities, both float32 [N, 10], of images uint8 [N, 1, 28, 28]."""
         logits = self.network(image)
         return logits, torch.softmax(logits, dim=1)
-
-
-NETWORKS: dict[str, type[Cnn]] = {"cnn": Cnn}
 
 
 def count_parameters(network: nn.Module) -> int:

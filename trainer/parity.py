@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ValidationError
 
 from serving.backends import Backend, open_backend
 from serving.bundle import GOLDEN, MANIFEST, Bundle
 from serving.errors import BundleError
 from serving.parity import Comparison, compare, compare_outputs, tolerance
+from trainer.config import HEIGHT, WIDTH, NetworkConfig
 from trainer.data import Split
-from trainer.models import HEIGHT, NETWORKS, WIDTH, Cnn
+from trainer.models import Network
 from trainer.train import EVALUATION_BATCH, predict
 
 NOISE_IMAGES = 16
@@ -74,20 +76,26 @@ def batch_sizes(largest: int) -> tuple[int, ...]:
     return tuple(sorted({1, 3, max(1, largest // 7), largest}))
 
 
-def reference(bundle: Bundle) -> Cnn:
+def reference(bundle: Bundle) -> Network:
     """The PyTorch network of a bundle, on the CPU.
 
     Raises:
         BundleError: its weights are damaged or of an unknown network.
     """
     data = bundle.read(bundle.manifest.file_for("eager"))
-    if bundle.manifest.network not in NETWORKS:
-        raise BundleError(f"{bundle.path}: network {bundle.manifest.network!r} is not known here")
-    network = NETWORKS[bundle.manifest.network]()
+    manifest = bundle.manifest
+    form = {name: value for name, value in manifest.training.items() if name in NetworkConfig.model_fields}
+    try:
+        config = NetworkConfig(**form)  # versions from before networks had options are of the default, `cnn`
+    except ValidationError as error:
+        raise BundleError(f"{bundle.path}: its network is not one of this version's: {error}") from error
+    if config.name != manifest.network:
+        raise BundleError(f"{bundle.path}: network {manifest.network!r} is not known here")
+    network = Network(config)
     try:
         network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise BundleError(f"{bundle.path}: not the weights of network {bundle.manifest.network}: {error}") from error
+        raise BundleError(f"{bundle.path}: not the weights of network {manifest.network}: {error}") from error
     return network.eval()
 
 
@@ -133,7 +141,7 @@ def check(
     )
 
 
-def _golden_row(bundle: Bundle, network: Cnn) -> Row:
+def _golden_row(bundle: Bundle, network: Network) -> Row:
     """Whether the golden answers are still those of the weights beside them."""
     image, logits = bundle.golden()
     again = predict(network, torch.from_numpy(image)).numpy()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import os
+import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from serving.backends.cuda import device_problem
-from serving.errors import DeviceError
-from trainer.config import TrainConfig
+from trainer import augment, optim
+from trainer.average import Average
+from trainer.config import NetworkConfig, TrainConfig
 from trainer.data import Split
+from trainer.models import Network
+from trainer.processes import ALONE, Processes
 
 EVALUATION_BATCH = 200  # on a CPU, larger activations fall out of the cache: 1000 takes half as long again
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -25,128 +29,263 @@ class EpochMetrics:
     """What one pass over the training set gave."""
 
     epoch: int  # from 1
-    train_loss: float  # mean cross-entropy over the epoch, nats
-    validation_loss: float
-    validation_accuracy: float
+    train_loss: float  # mean over the epoch of cross-entropy, with the labels smoothed if so asked, nats
+    train_accuracy: float  # while training: of images as augmented, by a network that is still changing
+    validation_loss: float | None  # None without validation images, as the accuracy
+    validation_accuracy: float | None
     learning_rate: float  # of the epoch's last step
     seconds: float  # of training, validation not counted
     images_per_s: float
 
 
-def select_device(spec: str) -> tuple[torch.device, str]:
-    """The device to train on and why.
+def build(config: NetworkConfig | None = None, seed: int = 0, *, init: str = "default", **pixels: float) -> Network:
+    """A network whose initial weights depend on `seed` alone; torch's global generator is left as it was.
 
     Args:
-        spec: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`; only `auto` falls back.
-
-    Raises:
-        DeviceError: the device named is not here; the text has the cause.
+        config: its form, that of `cnn` when not given.
+        seed: of the weights.
+        init: how they are drawn, as `TrainConfig.init`.
+        pixels: `mean` and `std`; see `Network`.
     """
-    kind, _, index = spec.partition(":")
-    if kind == "cpu":
-        return torch.device("cpu"), "asked for"
-    cuda_problem = device_problem(int(index or 0))
-    if cuda_problem is None and not torch.cuda.is_available():
-        cuda_problem = f"torch {torch.__version__} (built for CUDA {torch.version.cuda}) finds no CUDA device"
-    if kind == "cuda":
-        if cuda_problem:
-            raise DeviceError(cuda_problem)
-        return torch.device("cuda", int(index or 0)), "asked for"
-    mps = torch.backends.mps.is_available()
-    if kind == "mps":
-        if not mps:
-            raise DeviceError("mps: torch finds no Apple GPU here; use --device auto or cpu")
-        return torch.device("mps"), "asked for"
-    if cuda_problem is None:
-        return torch.device("cuda", 0), "auto: the driver offers it and torch uses it"
-    if mps:
-        return torch.device("mps"), "auto: an Apple GPU"
-    return torch.device("cpu"), f"auto: {cuda_problem}"
-
-
-def set_deterministic() -> None:
-    """Have torch use, in the whole process, fp32 without TF32, and algorithms that give the same bits every time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # missing in the stubs
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
-def build(network: type[nn.Module], seed: int, **arguments: float) -> nn.Module:
-    """A network whose initial weights depend on `seed` alone; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return network(**arguments)
+        network = Network(config, **pixels)
+        optim.initialise(network, init)
+        return network
 
 
 def fit(
-    network: nn.Module,
+    network: Network,
     train: Split,
-    validation: Split,
+    validation: Split | None,
     config: TrainConfig,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Iterator[EpochMetrics]:
-    """Train `network` in place with AdamW and the one-cycle schedule; yields metrics after every epoch.
+    """Train `network` in place, and yield metrics after every epoch; see `Training`, which can be interrupted."""
+    training = Training(network, train, validation, config, on_step)
+    yield from training.epochs()
+    network.load_state_dict(training.result())
 
-    Args:
-        network: on the device where it is trained.
-        train: on the same device.
-        validation: on the same device; only measured, never learned from.
-        config: how; its device and dataset are not looked at.
-        on_step: called after every step with its number of images.
+
+class Training:
+    """A network on its way from initial to trained weights, epoch by epoch; it can be saved between epochs.
+
+    It seeds torch's global generators, from which dropout draws.
     """
-    device = train.labels.device
-    generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same order of images on every device
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type != "mps"
-    )
-    steps = -(-len(train) // config.batch_size)
-    warm_up = config.warm_up
-    if math.isclose(warm_up * steps * config.epochs, 1):  # torch's schedule divides by how far this is from 1
-        warm_up *= 1 - 1e-6
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
-        max_lr=config.learning_rate,
-        total_steps=steps * config.epochs,
-        pct_start=warm_up,
-        anneal_strategy="linear",
-        cycle_momentum=False,
-    )
-    for epoch in range(1, config.epochs + 1):
-        start = time.perf_counter()
-        network.train()
-        total_loss = torch.zeros((), device=device)  # summed on the device: reading it every step would wait for it
-        order = torch.randperm(len(train), generator=generator).to(device)
-        for indices in order.split(config.batch_size):
-            loss = functional.cross_entropy(network(train.images[indices]), train.labels[indices])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            learning_rate = float(schedule.get_last_lr()[0])
-            schedule.step()
-            total_loss += loss.detach() * len(indices)
-            on_step(len(indices))
-        train_loss = total_loss.item() / len(train)
-        seconds = time.perf_counter() - start
-        validation_loss, accuracy = evaluate(network, validation)
-        yield EpochMetrics(
-            epoch=epoch,
-            train_loss=train_loss,
-            validation_loss=validation_loss,
-            validation_accuracy=accuracy,
-            learning_rate=learning_rate,
-            seconds=seconds,
-            images_per_s=len(train) / seconds,
+
+    def __init__(
+        self,
+        network: Network,
+        train: Split,
+        validation: Split | None,
+        config: TrainConfig,
+        on_step: Callable[[int], None] = lambda _: None,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Get ready for the first epoch.
+
+        Args:
+            network: on the device where it is trained.
+            train: on the same device; or, to be moved there by batches, on the CPU.
+            validation: on the same device; only measured, never learned from.
+            config: how; its device and dataset are not looked at.
+            on_step: called after every step with its number of images, those of all processes.
+            processes: that train together; the global batch is `config.batch_size` however many there are.
+        """
+        self._network, self._train, self._validation, self._config = network, train, validation, config
+        self._on_step, self._processes = on_step, processes
+        self._device = network.mean.device
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)
+        torch.manual_seed(config.seed + processes.rank)
+        # The order is drawn on the CPU, and by every process alike: the same on every device, for any number of them.
+        self._order = torch.Generator().manual_seed(config.seed)
+        self._changes = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
+        model = processes.wrap(network)
+        self._model = cast(nn.Module, torch.compile(model)) if config.compile else model
+        self._average = Average(network, config.ema) if config.ema else None
+        self._penalised = optim.penalised(network)
+        self._optimiser = optim.make_optimiser(network.parameters(), config, self._device)
+        self._steps = -(-len(train) // config.batch_size)
+        self._schedule = optim.Schedule(self._optimiser, config, self._steps)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.precision == "fp16")
+        self._best_weights: dict[str, torch.Tensor] | None = None
+        self.history: list[EpochMetrics] = []
+        self.best_epoch = 0  # from 1; by validation accuracy, then loss
+
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left, or early stopping has ended the training."""
+        config, epoch = self._config, len(self.history)
+        return epoch >= config.epochs or bool(
+            config.early_stopping and epoch - self.best_epoch >= config.early_stopping
         )
 
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Train on until finished."""
+        while not self.finished:
+            yield self._epoch()
 
-def evaluate(network: nn.Module, split: Split) -> tuple[float, float]:
-    """Mean cross-entropy in nats and accuracy from 0 to 1 over a split on the network's device."""
-    logits = predict(network, split.images)
-    loss = functional.cross_entropy(logits, split.labels).item()
-    accuracy = (logits.argmax(dim=1) == split.labels).float().mean().item()
-    return loss, accuracy
+    def result(self) -> dict[str, torch.Tensor]:
+        """The weights to keep: their average if there is one, of the last epoch or the best, as `config.keep` says."""
+        return self._best_weights if self._best_weights is not None else _copy(self._measured)
+
+    def current(self) -> dict[str, torch.Tensor]:
+        """The weights that the latest epoch's validation measured."""
+        return _copy(self._measured)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the epochs to come depend on; of the same shape in every process, which must all ask."""
+        return {
+            "network": self._network.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "average": self._average.state_dict() if self._average else None,
+            "best_weights": self._best_weights,
+            "best_epoch": self.best_epoch,
+            "history": [asdict(metrics) for metrics in self.history],
+            "random": self._processes.gather(self._random_state()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly from `state_dict` of a training with the same arguments."""
+        self._network.load_state_dict(state["network"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self._average:
+            self._average.load_state_dict(state["average"])
+        self._best_weights, self.best_epoch = state["best_weights"], state["best_epoch"]
+        self.history = [EpochMetrics(**metrics) for metrics in state["history"]]
+        random = state["random"][self._processes.rank]
+        self._order.set_state(random["order"])
+        self._changes.set_state(random["changes"])
+        torch.set_rng_state(random["global"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self._device)
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        state = {
+            "order": self._order.get_state(),
+            "changes": self._changes.get_state(),
+            "global": torch.get_rng_state(),
+        }
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        return state
+
+    @property
+    def _measured(self) -> Network:
+        return cast(Network, self._average.network) if self._average else self._network
+
+    def _epoch(self) -> EpochMetrics:
+        start = time.perf_counter()
+        images = len(self._train)
+        self._network.train()
+        order = torch.randperm(images, generator=self._order) if self._config.shuffle else torch.arange(images)
+        # Summed on the device: reading the loss at every step would wait for it.
+        totals = torch.zeros(2, device=self._device)
+        step = len(self.history) * self._steps
+        for indices in order.to(self._train.labels.device).split(self._config.batch_size):
+            self._schedule.before_step(step)
+            self._step(indices, totals)
+            step += 1
+            self._on_step(len(indices))
+        loss, correct = self._processes.add(totals).tolist()
+        seconds = time.perf_counter() - start
+        self._processes.agree(self._measured)
+        validation = evaluate(self._measured, self._validation, self._processes) if self._validation else (None, None)
+        self._schedule.after_epoch(validation[0])
+        metrics = EpochMetrics(
+            epoch=len(self.history) + 1,
+            train_loss=loss / images,
+            train_accuracy=correct / images,
+            validation_loss=validation[0],
+            validation_accuracy=validation[1],
+            learning_rate=self._schedule.learning_rate,
+            seconds=seconds,
+            images_per_s=images / seconds,
+        )
+        self._note(metrics)
+        return metrics
+
+    def _step(self, indices: torch.Tensor, totals: torch.Tensor) -> None:
+        """One step on the images at `indices`; adds its loss and number of right answers to `totals`."""
+        config = self._config
+        images, labels = self._batch(self._processes.share(indices))
+        if config.flip or config.shift or config.erase:
+            images = augment.augment(images, config, self._changes)
+        with self._precision():
+            logits = self._model(images)
+        summed = functional.cross_entropy(
+            logits.float(), labels, reduction="sum", label_smoothing=config.label_smoothing
+        )
+        # The processes' gradients are averaged: so each loss is that of its images, as if there were as many of all.
+        loss = summed * (self._processes.count / len(indices))
+        if config.l1 or config.l2:
+            loss = loss + optim.penalty(self._penalised, config.l1, config.l2)
+        self._optimiser.zero_grad()
+        self._scaler.scale(loss).backward()
+        if config.clip_norm:
+            self._scaler.unscale_(self._optimiser)
+            nn.utils.clip_grad_norm_(self._network.parameters(), config.clip_norm)
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
+        if self._average:
+            self._average.update(self._network)
+        totals += torch.stack([summed.detach(), (logits.detach().argmax(1) == labels).sum()])
+
+    def _batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = self._train.take(indices)
+        if batch.labels.device != self._device:
+            if self._device.type == "cuda":  # from pinned memory the copy need not be waited for
+                batch = Split(batch.images.pin_memory(), batch.labels.pin_memory())
+            batch = batch.to(self._device)
+        return batch.images, batch.labels
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self._config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, _DTYPES[self._config.precision])
+
+    def _note(self, metrics: EpochMetrics) -> None:
+        """Remember an epoch, and its weights if they are the best so far and are to be kept."""
+        self.history.append(metrics)
+        if metrics.validation_accuracy is None:
+            return
+        best = self.history[self.best_epoch - 1]
+        if not self.best_epoch or _merit(metrics) > _merit(best):
+            self.best_epoch = metrics.epoch
+            if self._config.keep == "best":
+                self._best_weights = self.current()
+
+
+def _merit(metrics: EpochMetrics) -> tuple[float, float]:
+    assert metrics.validation_accuracy is not None, "compared only where validation was measured"
+    assert metrics.validation_loss is not None, "measured with the accuracy"
+    return metrics.validation_accuracy, -metrics.validation_loss
+
+
+def _copy(network: nn.Module) -> dict[str, torch.Tensor]:
+    """A network's weights on the CPU, laid out as usual."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def evaluate(network: nn.Module, split: Split, processes: Processes = ALONE) -> tuple[float, float]:
+    """Mean cross-entropy in nats and accuracy from 0 to 1 over a split on the network's device.
+
+    Several processes, which must all ask, measure a part each.
+    """
+    images, labels = processes.share(split.images), processes.share(split.labels)
+    logits = predict(network, images)
+    loss = functional.cross_entropy(logits, labels, reduction="sum")
+    totals = processes.add(torch.stack([loss, (logits.argmax(dim=1) == labels).sum()]))
+    total_loss, correct = totals.tolist()
+    return total_loss / len(split), correct / len(split)
 
 
 def predict(network: nn.Module, images: torch.Tensor, batch_size: int = EVALUATION_BATCH) -> torch.Tensor:

@@ -9,6 +9,7 @@ tensor is answered from it: nothing about it goes unchecked, since every byte th
 from __future__ import annotations
 
 import time
+import weakref
 from asyncio import Future
 from collections.abc import Generator
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from serving import errors, logs
 from serving.errors import RequestError
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed, Request
-from serving.statistics import Rpcs
+from serving.statistics import Rpcs, Statistics
 from serving.tensors import DATATYPES
 from serving.wire import Requested
 
@@ -39,7 +40,7 @@ class Prepared(NamedTuple):
 
     model_name: str
     model_version: str  # as the request has it, which may be empty
-    served: ServedModel
+    served: weakref.ref[ServedModel]  # a model that is replaced goes, and what is prepared for it is of no use
     middle: bytes  # of the request, between the id and the tensor's bytes
     input_name: str
     dtype: np.dtype[np.generic]
@@ -74,8 +75,8 @@ class PreparedRequests:
         if prepared is None or not data.startswith(prepared.middle, end):
             return None
         identity = data[start:end]
-        served = prepared.served
-        if not identity.isascii() or self._repository.get(prepared.model_name, prepared.model_version) is not served:
+        served = self._repository.get(prepared.model_name, prepared.model_version)
+        if not identity.isascii() or served is not prepared.served():
             return None  # the id might not be UTF-8; another version may answer otherwise
         image = np.frombuffer(data, prepared.dtype, offset=end + len(prepared.middle)).reshape(prepared.shape)
         try:
@@ -85,7 +86,7 @@ class PreparedRequests:
         except RequestError:
             served.statistics.failed(start_ns)
             raise
-        return Running(data, prepared, identity, start_ns, future)
+        return Running(data, prepared, served.statistics, identity, start_ns, future)
 
     def learn(
         self,
@@ -132,7 +133,7 @@ class PreparedRequests:
         self._prepared[data[:start], len(data) - end] = Prepared(
             model_name=request.model_name,
             model_version=request.model_version,
-            served=served,
+            served=weakref.ref(served),
             middle=data[end : len(data) - len(raw)],
             input_name=tensor.name,
             dtype=DATATYPES[tensor.datatype],
@@ -146,12 +147,19 @@ class PreparedRequests:
 class Running:
     """A request that was put to its model; awaited, it gives the bytes of the answer's message."""
 
-    __slots__ = ("_data", "_future", "_id", "_prepared", "_start_ns", "_stream")
+    __slots__ = ("_data", "_future", "_id", "_prepared", "_start_ns", "_statistics", "_stream")
 
     def __init__(
-        self, data: bytes, prepared: Prepared, identity: bytes, start_ns: int, future: Future[Request]
+        self,
+        data: bytes,
+        prepared: Prepared,
+        statistics: Statistics,
+        identity: bytes,
+        start_ns: int,
+        future: Future[Request],
     ) -> None:
         self._data = data
+        self._statistics = statistics
         self._prepared = prepared
         self._id = identity  # the field, with its key
         self._start_ns = start_ns
@@ -166,19 +174,18 @@ class Running:
     def cancel(self) -> None:
         """Withdraw the request, which nobody has awaited yet."""
         self._future.cancel()
-        self._prepared.served.statistics.failed(self._start_ns)
+        self._statistics.failed(self._start_ns)
 
     def __await__(self) -> Generator[Any, None, bytes]:
-        statistics = self._prepared.served.statistics
         try:
             answer = yield from self._future
             message = self._encode(answer)
         except BaseException as error:
-            statistics.failed(self._start_ns)
+            self._statistics.failed(self._start_ns)
             if self._stream is None or not isinstance(error, Exception):
                 raise
             return stream_error(pb.ModelInferRequest.FromString(self._data), error, self._stream).SerializeToString()
-        statistics.succeeded(self._start_ns, answer.stages)
+        self._statistics.succeeded(self._start_ns, answer.stages)
         return _INFER_RESPONSE + _varint(len(message)) + message if self._stream is not None else message
 
     def _encode(self, answer: Request) -> bytes:

@@ -1,0 +1,45 @@
+"""The exponential moving average of a network's weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Average:
+    """A copy of a network whose weights and statistics follow the original's.
+
+    After update t, counted from 0, average = d * average + (1 - d) * weight with d = min(decay, (1 + t) / (10 + t)):
+    the ramp has the average forget the initial weights, which in a short run would otherwise be most of it.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self._decay = decay
+        self._updates = 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take one step towards the weights of `network`, on its device."""
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+        self._updates += 1
+        averages, currents = [], []
+        for average, current in zip(self.network.state_dict().values(), network.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                averages.append(average)
+                currents.append(current)
+            else:
+                average.copy_(current)  # a count
+        torch._foreach_lerp_(averages, currents, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on."""
+        return {"weights": self.network.state_dict(), "updates": self._updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.network.load_state_dict(state["weights"])
+        self._updates = state["updates"]
