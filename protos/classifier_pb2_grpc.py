@@ -70,7 +70,7 @@ class ClassifierServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Every model that this server knows, ready or not, with the reason why not.
+        """Every version of every model that this server knows, ready or not, with the reason why not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

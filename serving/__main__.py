@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from serving import logs, sources
 from serving.client import DEFAULT_TARGET, Client, ModelInfo, PredictResult
 from serving.config import ServerConfig
+from serving.credentials import Credentials, read_tokens
 from serving.errors import InvalidArgument, ParityserveError
 from serving.images import Polarity
-from serving.options import add_options, parse
+from serving.machine import worker_count
+from serving.options import add_options, given
+from serving.workers import supervise
+
+logger = logging.getLogger("serving")  # __name__ is __main__ here
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,14 +47,23 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m serving", description="Serve exported models over gRPC.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve the newest version of every model in a repository")
+    serve = commands.add_parser("serve", help="serve the models in a repository")
+    serve.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help=f"TOML file with settings; flags and PARITYSERVE_* come before it (default: ${sources.CONFIG_VARIABLE})",
+    )
+    serve.add_argument(
+        "--show-config", action="store_true", help="print every setting with its value and source, and do not serve"
+    )
     add_options(serve, ServerConfig)
     serve.set_defaults(command=_serve)
 
     predict = commands.add_parser("predict", help="classify picture files on a running server")
     predict.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, WebP, GIF or BMP, of any size")
     predict.add_argument("--model", default="", help="its name; needed when the server has several")
-    predict.add_argument("--version", default="", help="a version number; the newest when not given")
+    predict.add_argument("--version", default="", help="a version number; the newest that is ready when not given")
     predict.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to list (default: 3)")
     predict.add_argument(
         "--polarity",
@@ -79,17 +95,55 @@ def _add_server(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--server", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server (default: {DEFAULT_TARGET})"
     )
+    command.add_argument("--tls", action="store_true", help="use TLS, with the system's certificate authorities")
+    command.add_argument("--tls-ca", type=Path, metavar="PATH", help="use TLS; PEM file: who vouches for the server")
+    command.add_argument("--tls-cert", type=Path, metavar="PATH", help="PEM file: our certificate, for mutual TLS")
+    command.add_argument("--tls-key", type=Path, metavar="PATH", help="PEM file: our certificate's key")
+    command.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="PATH",
+        help=f"file with a bearer token, of which the first is sent (default: ${sources.TOKEN_VARIABLE}, the token)",
+    )
+    command.add_argument(
+        "--allow-plaintext-token", action="store_true", help="send it without TLS, where something else encrypts"
+    )
+
+
+def _client(options: argparse.Namespace) -> Client:
+    token = read_tokens(options.token_file)[0] if options.token_file else os.environ.get(sources.TOKEN_VARIABLE, "")
+    credentials = Credentials(
+        tls=options.tls,
+        ca=options.tls_ca,
+        cert=options.tls_cert,
+        key=options.tls_key,
+        token=token,
+        allow_plaintext_token=options.allow_plaintext_token,
+    )
+    return Client(options.server, credentials=credentials)
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from serving.server import serve  # the other commands need no ONNX Runtime
+    config, origins = sources.load(given(ServerConfig, options), os.environ, options.config)
+    logs.configure(config)
+    for warning in sources.unknown_variables(os.environ):
+        logger.warning("%s", warning)
+    if options.show_config:
+        print(sources.show(config, origins))  # noqa: T201
+        return 0
+    try:
+        count = worker_count(config)
+        if count > 1:
+            supervise(config, count)
+        else:
+            from serving.server import serve  # no other command needs ONNX Runtime, nor does a supervisor
 
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    config = parse(ServerConfig, options)
-    serve(config)
+            serve(config)
+    except ParityserveError as error:
+        if config.log_format == "text":
+            raise
+        logger.critical("%s", error)  # where programs read the log, its last line is for them too
+        return 1
     return 0
 
 
@@ -99,7 +153,7 @@ def _predict(options: argparse.Namespace) -> int:
     table = Table("file", "label", "probability", "next")
     answered: PredictResult | None = None
     failed = 0
-    with Client(options.server) as client:
+    with _client(options) as client:
         for file in options.files:
             try:
                 result = client.predict(Path(file), options.model, options.version, options.top_k, polarity)
@@ -121,7 +175,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    with Client(options.server) as client:
+    with _client(options) as client:
         models = client.list_models()
     table = Table()
     for column in ("model", "version", "state", "runs on", "accuracy", "golden |Δ|", "reason"):

@@ -202,11 +202,12 @@ def open_bundle(path: Path) -> Bundle:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise BundleError(f"{source}: {where + ': ' if where else ''}{problem['msg']}") from error
-    resolved = path.resolve()
-    if (manifest.model, str(manifest.version)) != (resolved.parent.name, resolved.name):
+    # Where links lie and where they lead to: the version's, and the model's.
+    paths = (path.absolute(), path.parent.resolve() / path.name, path.resolve())
+    places = [(place.parent.name, place.name) for place in paths]
+    if (manifest.model, str(manifest.version)) not in places:
         raise BundleError(
-            f"{source}: describes {manifest.model} version {manifest.version}, "
-            f"but lies in {resolved.parent.name}/{resolved.name}"
+            f"{source}: describes {manifest.model} version {manifest.version}, but lies in {'/'.join(places[-1])}"
         )
     return Bundle(path, manifest)
 

@@ -28,6 +28,7 @@ from PIL import Image
 from protos import classifier_pb2 as pb
 from protos import classifier_pb2_grpc
 from serving.config import DEFAULT_PORT, MAX_MESSAGE_BYTES
+from serving.credentials import Credentials
 from serving.errors import InvalidArgument, ParityserveError, Unavailable, from_status
 from serving.images import Polarity
 
@@ -35,10 +36,16 @@ ImageLike = npt.NDArray[np.uint8] | Image.Image | str | os.PathLike[str] | bytes
 
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_TIMEOUT_S = 30.0
+NO_CREDENTIALS = Credentials()
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Each client has a connection of its own: by default all in a process share one, and a server of several workers
+    # answers all that comes over one connection with one of them.
+    ("grpc.use_local_subchannel_pool", 1),
+    # A request is kept until it is answered: by default one of more than 256 KiB would not be tried again.
+    ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
     # https://github.com/grpc/grpc/blob/master/doc/service_config.md
     (
         "grpc.service_config",
@@ -99,7 +106,7 @@ class ModelInfo:
 
     name: str
     version: str
-    state: str  # READY, LOADING, UNAVAILABLE
+    state: str  # READY, LOADING, UNLOADING, UNAVAILABLE
     reason: str
     dataset: str
     labels: tuple[str, ...]
@@ -228,11 +235,25 @@ def _error(target: str, error: grpc.RpcError) -> ParityserveError:
 class Client:
     """A synchronous client; close it, or use it as a context manager."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Connect to `target`, host:port, at the first call. A call fails after `timeout_s` seconds, a stream never."""
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
+        """Connect to `target`, host:port, at the first call. A call fails after `timeout_s` seconds, a stream never.
+
+        Raises:
+            InvalidArgument: the credentials are incomplete, or a token would be sent unencrypted.
+            OSError: a file of theirs cannot be read.
+        """
         self._target = target
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, _OPTIONS)
+        self._metadata = credentials.metadata(target)
+        secure = credentials.channel()
+        self._channel = (
+            grpc.secure_channel(target, secure, _OPTIONS) if secure else grpc.insecure_channel(target, _OPTIONS)
+        )
         self._stub = classifier_pb2_grpc.ClassifierStub(self._channel)
 
     def predict(
@@ -251,14 +272,14 @@ class Client:
         """
         request = predict_request(images, model, version, top_k, polarity)
         try:
-            return _result(self._stub.Predict(request, timeout=self._timeout_s))
+            return _result(self._stub.Predict(request, timeout=self._timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
             raise _error(self._target, error) from error
 
     def predict_stream(self, requests: Iterable[pb.PredictRequest]) -> Iterator[PredictResult | ParityserveError]:
         """Classify many requests over one stream; an error stands in the place of the request that it answers."""
         try:
-            for answer in self._stub.PredictStream(iter(requests)):
+            for answer in self._stub.PredictStream(iter(requests), metadata=self._metadata):
                 yield _stream_result(answer)
         except grpc.RpcError as error:
             raise _error(self._target, error) from error
@@ -266,7 +287,9 @@ class Client:
     def list_models(self) -> list[ModelInfo]:
         """Every model that the server knows, ready or not."""
         try:
-            return _models(self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s))
+            return _models(
+                self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s, metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise _error(self._target, error) from error
 
@@ -286,11 +309,20 @@ class Client:
 class AsyncClient:
     """The same client for asyncio."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
         """As `Client`; to be created in a running event loop."""
         self._target = target
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(target, _OPTIONS)
+        self._metadata = credentials.metadata(target)
+        secure = credentials.channel()
+        self._channel = (
+            grpc.aio.secure_channel(target, secure, _OPTIONS) if secure else grpc.aio.insecure_channel(target, _OPTIONS)
+        )
         self._stub = classifier_pb2_grpc.ClassifierStub(self._channel)
 
     async def predict(
@@ -304,7 +336,7 @@ class AsyncClient:
         """As `Client.predict`."""
         request = predict_request(images, model, version, top_k, polarity)
         try:
-            return _result(await self._stub.Predict(request, timeout=self._timeout_s))
+            return _result(await self._stub.Predict(request, timeout=self._timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
             raise _error(self._target, error) from error
 
@@ -313,7 +345,7 @@ class AsyncClient:
     ) -> AsyncIterator[PredictResult | ParityserveError]:
         """As `Client.predict_stream`."""
         try:
-            async for answer in self._stub.PredictStream(requests):
+            async for answer in self._stub.PredictStream(requests, metadata=self._metadata):
                 yield _stream_result(answer)
         except grpc.RpcError as error:
             raise _error(self._target, error) from error
@@ -321,7 +353,9 @@ class AsyncClient:
     async def list_models(self) -> list[ModelInfo]:
         """As `Client.list_models`."""
         try:
-            return _models(await self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s))
+            return _models(
+                await self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s, metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise _error(self._target, error) from error
 

@@ -1,12 +1,14 @@
-"""Every setting of the server once: name, default, bounds, help. Flags come before `PARITYSERVE_*` variables."""
+"""Every setting of the server once: name, default, bounds, help. `serving.sources` says where values come from."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from serving.credentials import is_loopback
+from serving.versions import VersionPolicy
 
 DEFAULT_PORT = 8001
 MAX_MESSAGE_BYTES = 64 << 20
@@ -15,18 +17,47 @@ BackendName = Literal["onnx", "torchscript"]
 DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
-class ServerConfig(BaseSettings):
+def _policy(text: str) -> str:
+    VersionPolicy.parse(text)
+    return text
+
+
+class ServerConfig(BaseModel):
     """What `python -m serving serve` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix="PARITYSERVE_", frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     repository: Path = Field(Path("exported"), description="folder with <model>/<version>/ bundles")
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port to listen on; 0 for any free one")
-    model_control: Literal["none", "explicit"] = Field(
-        "none", description="none: what is there at the start; explicit: clients load and unload models"
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        1, description="processes that share the port, on Linux; auto: one a core, one on CUDA"
     )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 for any free one; none if not given"
+    )
+    metrics_host: str | None = Field(None, description="address for the metrics; that of --host if not given")
+    tls_cert: Path | None = Field(None, description="PEM file: the server's certificate, then its issuers'; TLS only")
+    tls_key: Path | None = Field(None, description="PEM file: the certificate's key, unencrypted")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file: who vouches for clients, each of which must then have a certificate (mutual TLS)"
+    )
+    token_file: Path | None = Field(
+        None, description="file with bearer tokens, one a line; each call but health checks must have one of them"
+    )
+    allow_plaintext_token: bool = Field(
+        False, description="take tokens without TLS on other addresses than loopback, where something else encrypts"
+    )
+    version_policy: Annotated[str, AfterValidator(_policy)] = Field(
+        "latest", description="which versions of a model to serve: latest, latest:N, all, or specific:N,N"
+    )
+    model_control: Literal["none", "explicit", "poll"] = Field(
+        "none",
+        description="none: what is there at the start; explicit: clients load and unload models; "
+        "poll: what is there at any time",
+    )
+    poll_s: float = Field(5.0, gt=0, description="seconds between two looks at the repository, with poll")
     allow_unverified: bool = Field(
         False, description="serve plain <model>/<version>/model.onnx too, which no golden answers vouch for"
     )
@@ -35,7 +66,9 @@ class ServerConfig(BaseSettings):
     device: DeviceSpec = Field(
         "auto", description="auto, cpu, cuda or cuda:N; cuda never falls back, auto does, with one warning"
     )
-    threads: int = Field(1, ge=1, le=256, description="threads that the model may use for one run on the CPU")
+    threads: int = Field(
+        1, ge=1, le=256, description="threads that the model may use for one run on the CPU, in each worker"
+    )
     max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
     max_queue: int = Field(1024, ge=1, description="most requests that wait or run for one model")
     max_queue_bytes: int = Field(256 << 20, ge=1, description="most bytes of the inputs that wait or run for one model")
@@ -44,13 +77,72 @@ class ServerConfig(BaseSettings):
     )
     instances: int = Field(1, ge=1, le=64, description="threads that run a model at once, each with --threads")
     max_message_bytes: int = Field(
-        MAX_MESSAGE_BYTES, ge=1 << 12, le=(1 << 31) - 1, description="largest request accepted"
+        MAX_MESSAGE_BYTES, ge=1 << 12, le=(1 << 31) - 1, description="bytes of the largest request or answer"
+    )
+    keepalive_time_s: float = Field(
+        60.0, ge=1, description="seconds after which a silent connection is asked for a sign of life"
+    )
+    keepalive_timeout_s: float = Field(
+        20.0, gt=0, description="seconds without that sign after which the connection is closed"
+    )
+    min_ping_interval_s: float = Field(
+        10.0, ge=0, description="a client that asks for signs of life more often, with no data between, is cut off"
+    )
+    max_connection_age_s: float = Field(
+        0.0,
+        ge=0,
+        description="seconds after which a connection is closed, so that clients spread anew; 0 for never",
+    )
+    max_connection_age_grace_s: float = Field(
+        30.0, ge=0, description="seconds that calls on a connection that is too old get to finish"
     )
     max_image_pixels: int = Field(
         50_000_000,
         ge=1,
         description="most pixels, width x height, that a request's pictures may have together; checked before decoding",
     )
-    drain_s: float = Field(
-        10.0, ge=0, description="seconds that running requests get to finish when the server is stopped"
+    log_format: Literal["text", "json"] = Field("text", description="a log line: for people, or a JSON object")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least that is logged")
+    log_requests: Literal["none", "refused", "all"] = Field(
+        "refused", description="which requests are logged; of those refused, the first of each second"
     )
+    trace_endpoint: str | None = Field(
+        None,
+        pattern="^https?://.+",
+        description="collector for OpenTelemetry traces by OTLP over gRPC, as http://localhost:4317; none if not given",
+    )
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="seconds that a server which is stopped answers on, and only reports that it is not ready, so that "
+        "load balancers take it out",
+    )
+    drain_s: float = Field(
+        10.0, ge=0, description="seconds that running requests then get to finish, once no new ones are taken"
+    )
+
+    @field_validator("metrics_host")
+    @classmethod
+    def _metrics_have_a_port(cls, host: str | None, info: ValidationInfo) -> str | None:
+        if host is not None and info.data.get("metrics_port", 0) is None:
+            raise ValueError("needs --metrics-port too")
+        return host
+
+    @property
+    def address(self) -> str:
+        """Where to listen, host:port."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        """What depends on several settings."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: only one of them is given")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("--tls-client-ca needs TLS: give --tls-cert and --tls-key too")
+        if self.token_file and not (self.tls_cert or self.allow_plaintext_token or is_loopback(self.host)):
+            raise ValueError(
+                f"--token-file: anyone on the way to --host {self.host} could read the tokens; give --tls-cert and "
+                "--tls-key, or --allow-plaintext-token where something else encrypts"
+            )
+        return self

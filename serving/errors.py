@@ -3,9 +3,11 @@
     ParityserveError
     ├── RequestError            a request that cannot be answered; crosses the wire with its status
     │   ├── InvalidArgument     INVALID_ARGUMENT    malformed, wrong shape, datatype or byte count, not a picture
+    │   ├── Unauthenticated     UNAUTHENTICATED     no token, or a wrong one
     │   ├── NotFound            NOT_FOUND           unknown model or version
     │   ├── Unavailable         UNAVAILABLE         version loading or failed; server draining or unreachable
     │   ├── QueueFull           RESOURCE_EXHAUSTED  more requests wait than the queue may hold
+    │   ├── MessageTooLarge     RESOURCE_EXHAUSTED  a message over the server's limit
     │   ├── DeadlineExceeded    DEADLINE_EXCEEDED   the caller's deadline passed before the model ran
     │   └── Unimplemented       UNIMPLEMENTED       a part of a protocol that this server does not offer
     ├── BundleError             a version on disk that may not be served
@@ -19,8 +21,11 @@ The client raises the same RequestErrors that the server does.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import grpc
+
+from serving import logs
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,10 @@ class InvalidArgument(RequestError):
     """The request is wrong and will be wrong again if repeated."""
 
 
+class Unauthenticated(RequestError):
+    """The caller showed no token, or one that is not accepted."""
+
+
 class NotFound(RequestError):
     """No such model or version in the repository."""
 
@@ -51,6 +60,10 @@ class QueueFull(RequestError):
     def __init__(self, message: str, retry_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_s = retry_s
+
+
+class MessageTooLarge(RequestError):
+    """A message over the server's limit. A client reads the status as QueueFull, which has the same."""
 
 
 class DeadlineExceeded(RequestError):
@@ -77,24 +90,35 @@ class StartupError(ParityserveError):
     """The server cannot start; the text says why and what to do."""
 
 
+def cannot_listen(address: str) -> StartupError:
+    """What to raise when `address`, host:port, cannot be listened on."""
+    return StartupError(
+        f"cannot listen on {address}: in use, or not this machine's address; choose another with --port"
+    )
+
+
 STATUS: dict[type[RequestError], grpc.StatusCode] = {
     InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     NotFound: grpc.StatusCode.NOT_FOUND,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
 }
 
 
-def to_status(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """The status and text that a client gets for `error`.
+def to_status(error: Exception, about: Callable[[], logs.Fields]) -> tuple[grpc.StatusCode, str]:
+    """The status and text that a client gets for `error`; the log gets it with `about()`, what the request was.
 
     Anything unexpected becomes INTERNAL without its text, which might tell secrets, and a traceback in the log.
     """
     if isinstance(error, RequestError):
-        return next(code for kind, code in STATUS.items() if isinstance(error, kind)), str(error)
-    logger.error("unexpected error while answering a request", exc_info=error)
+        code = next(code for kind, code in STATUS.items() if isinstance(error, kind))
+        logs.refused(code.name, str(error), about)
+        return code, str(error)
+    logger.error("unexpected error while answering a request", exc_info=error, extra={"fields": about()})
     return grpc.StatusCode.INTERNAL, "internal error"
 
 

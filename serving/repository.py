@@ -1,119 +1,138 @@
-"""Which versions are served: load, verify, warm, check against the golden answers, and only then READY."""
+"""The model repository: which versions should be served, and the changes from what is served to that.
+
+Changes come from any thread but the event loop's, one at a time. A version takes another's place only after it was
+loaded in full; the other one then answers what waits for it, and is let go.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import threading
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 from serving import bundle as bundles
-from serving.backends import Backend, open_backend, open_unverified
-from serving.bundle import Bundle, Manifest
+from serving import loading
+from serving.catalog import UNLOADED, Catalog, Model, State, Status
 from serving.config import ServerConfig
-from serving.errors import BundleError, DeviceError, GoldenMismatch, InvalidArgument, NotFound, Unavailable
-from serving.parity import Comparison, compare_outputs, tolerance
-from serving.scheduler import Limits, Scheduler
-from serving.statistics import Statistics
+from serving.errors import BundleError, DeviceError, InvalidArgument, NotFound, Unavailable
+from serving.loading import ServedModel
+from serving.versions import Files, Seen, VersionPolicy, look
+
+__all__ = ["UNLOADED", "Repository", "ServedModel", "State", "Status"]
 
 logger = logging.getLogger(__name__)
 
-GOLDEN_RUNS = 3
-UNLOADED = "unloaded"  # Triton's word for a model that was taken out of service
 
-
-class State(enum.Enum):
-    """Where a version stands."""
-
-    LOADING = "LOADING"
-    READY = "READY"
-    UNAVAILABLE = "UNAVAILABLE"
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A version that answers requests."""
-
-    name: str
-    version: str
-    backend: Backend
-    scheduler: Scheduler
-    statistics: Statistics
-    max_batch_size: int  # 0 for a model whose first axis is no batch axis
-    manifest: Manifest | None  # None, as `golden`, for a model that is served unverified
-    golden: Comparison | None
-
-
-@dataclass(frozen=True)
-class Status:
-    """What is known of one version, served or not."""
-
-    name: str
-    version: str
-    state: State
-    reason: str = ""
-    served: ServedModel | None = None
-
-
-class Repository:
+class Repository(Catalog):
     """The models that a server serves, from the folder `config.repository`."""
 
     def __init__(self, config: ServerConfig) -> None:
+        super().__init__()
         self._config = config
-        self._statuses: dict[str, Status] = {}
-        self._wanted: set[str] = set()  # from the start on; a client's failed load does not make the server unready
-        self._loading = threading.Lock()  # held to change what is served; ONNX Runtime's sessions need it too
+        self._policy = VersionPolicy.parse(config.version_policy)
+        self._wanted: set[str] = set()  # from the start on; what fails to load later does not make the server unready
+        self._retired = False
+        self._started = False  # whether everything wanted was tried
+        self._closed = False
+        self._changing = threading.Lock()  # held to change what is served; ONNX Runtime's sessions need it too
+        self._seen: Seen = {}  # at the last look at the folder
+        self._tried: dict[tuple[str, int], Files | None] = {}  # the files of a version that is served, or failed
+        self._trouble = ""  # why the last look failed
 
     def scan(self) -> None:
-        """Find the newest version of every model asked for, and note it as LOADING.
+        """Find the versions of every model asked for that the policy selects, and note them as LOADING.
 
-        With `model_control` explicit only the models named are asked for; they, and the repository's, may be none.
+        With `model_control` explicit only the models named are asked for. They may be none, and so may be the
+        repository's where models can come later.
 
         Raises:
             BundleError: there is no repository, it has no model, or not one that was asked for.
         """
-        root = self._config.repository
-        found = bundles.models(root)
-        missing = sorted(set(self._config.models) - set(found))
-        explicit = self._config.model_control == "explicit"
-        if missing or not (found or explicit):
+        config = self._config
+        self._seen = look(config.repository)
+        missing = sorted(set(config.models) - set(self._seen))
+        if missing or (config.model_control == "none" and not self._seen):
             what = f"no model {', '.join(missing)}" if missing else "no model"
-            have = f"; it has {', '.join(found)}" if found else "; make train puts one into exported/"
-            raise BundleError(f"{root}: {what}{have}")
-        self._wanted = set(self._config.models or (() if explicit else found))
-        for name in sorted(self._wanted):
-            self._statuses[name] = Status(name, str(bundles.versions(root / name)[-1]), State.LOADING)
+            have = f"; it has {', '.join(self._seen)}" if self._seen else "; make train puts one into exported/"
+            raise BundleError(f"{config.repository}: {what}{have}")
+        self._wanted = set(config.models or (() if config.model_control == "explicit" else self._seen))
+        for name in self._wanted:
+            present = self._seen[name]
+            if config.model_control == "poll":  # the others will be complete some day
+                selected = self._policy.select(number for number in present if self._is_complete(present[number]))
+            else:
+                selected = self._policy.select(present)
+                if not selected:
+                    self._note(Status(name, "", State.UNAVAILABLE, self._none_selected(present)))
+            for number in selected:
+                self._note(Status(name, str(number), State.LOADING))
+
+    def adopt(self, statuses: Iterable[Status]) -> None:
+        """Instead of `scan`: note as LOADING the versions that another repository serves, newest or not.
+
+        With `model_control` poll the folder says what to serve, as at any time.
+
+        Args:
+            statuses: what its `statuses` gave, without what runs there.
+
+        Raises:
+            BundleError: as `scan`.
+        """
+        if self._config.model_control == "poll":
+            self.scan()
+            return
+        for status in statuses:
+            ready = status.state is State.READY
+            self._note(replace(status, state=State.LOADING, reason="") if ready else status)
+        explicit = self._config.model_control == "explicit"
+        self._wanted = set(self._config.models or (() if explicit else self._models))
 
     def load_all(self) -> None:
-        """Load every model found by `scan`; one that may not be served becomes UNAVAILABLE with the reason.
+        """Load every version noted as LOADING; one that may not be served becomes UNAVAILABLE with the reason.
 
         Raises:
             DeviceError: the device asked for cannot be used.
         """
-        for name in sorted(self._wanted):
-            with self._loading, contextlib.suppress(BundleError):  # the status has the reason
-                if self._statuses[name].state is State.LOADING:  # no client was quicker
-                    self._replace(name, self._statuses[name].version)
+        for name in sorted({*self._wanted, *self._models}):
+            with self._changing:
+                for status in self._model(name).statuses.values():
+                    if status.state is State.LOADING and not self._closed:  # no client was quicker
+                        with contextlib.suppress(BundleError):  # the status has the reason
+                            self._load(name, status.number)
+                if self._config.model_control == "poll":
+                    self._follow(name, self._seen[name], self._seen[name])
+        self._started = True
 
     def load(self, name: str) -> None:
-        """Load the newest version of a model, and serve it in place of the one served before, which is then unloaded.
+        """Load the versions of a model that the policy selects, also those that are served, and unload its others.
 
         Raises:
-            InvalidArgument: there is no such model, or it may not be served; what was served goes on being served.
+            InvalidArgument: there is no such model, or a version may not be served; what was served in its place goes
+                on being served.
+            Unavailable: the server is stopping.
         """
         if not bundles.MODEL_NAME.fullmatch(name):
             raise InvalidArgument(f"failed to load '{name}', model name must not contain path traversal characters")
-        with self._loading:
-            numbers = bundles.versions(self._config.repository / name)
-            if not numbers:
+        with self._changing:
+            if self._closed:
+                raise Unavailable(f"failed to load '{name}', the server is stopping")
+            present = bundles.versions(self._config.repository / name)
+            if not present:
                 raise InvalidArgument(f"failed to load '{name}', failed to poll from model repository")
-            try:
-                self._replace(name, str(numbers[-1]))
-            except (BundleError, DeviceError) as error:
-                raise InvalidArgument(f"failed to load '{name}', {error}") from error
+            selected = sorted(self._policy.select(present))
+            if not selected:
+                raise InvalidArgument(f"failed to load '{name}', {self._none_selected(present)}")
+            failures = []
+            for number in selected:
+                try:
+                    self._load(name, number)
+                except (BundleError, DeviceError) as error:
+                    failures.append(f"version {number}: {error}" if len(selected) > 1 else str(error))
+            self._tidy(name, present)
+        if failures:
+            raise InvalidArgument(f"failed to load '{name}', {'; '.join(failures)}")
 
     def unload(self, name: str) -> None:
         """Take a model out of service once the requests that wait for it are answered.
@@ -121,85 +140,159 @@ class Repository:
         Raises:
             NotFound: the model was never loaded.
         """
-        with self._loading:
-            status = self._statuses.get(name)
-            if status is None:
+        with self._changing:
+            model = self._models.get(name)
+            if model is None:
                 raise NotFound(f"failed to unload '{name}', the model is not known")
-            self._statuses[name] = Status(name, status.version, State.UNAVAILABLE, UNLOADED)
-            if status.served:
-                status.served.scheduler.close()
+            self._drain(name, model.statuses)
+            self._models[name] = Model(Status(name, version, State.UNAVAILABLE, UNLOADED) for version in model.statuses)
 
-    def _replace(self, name: str, version: str) -> None:
-        """Load a version and serve it in place of what was served, which is then unloaded; `_loading` is held."""
-        before = self._statuses.get(name)
+    def poll(self) -> bool:
+        """Look at the folder, and load and unload what changed in it; whether that changed any status.
+
+        A new or changed version is loaded when a second look finds it complete and as it was. One that fails is not
+        tried again before it changes, and those that were served go on being served.
+        """
+        with self._changing:
+            if self._closed:
+                return False
+            try:
+                seen = look(self._config.repository, self._config.models)
+            except (BundleError, OSError) as error:
+                if str(error) != self._trouble:
+                    self._trouble = str(error)
+                    logger.warning("cannot look for new versions: %s; what is served goes on being served", error)
+                return False
+            self._trouble = ""
+            statuses = self.statuses()
+            before, self._seen = self._seen, seen
+            self._tried = {key: files for key, files in self._tried.items() if key[1] in seen.get(key[0], {})}
+            for name in sorted({*seen, *before}):
+                self._follow(name, seen.get(name, {}), before.get(name, {}))
+            return self.statuses() != statuses
+
+    def close(self) -> None:
+        """Answer the requests that wait and refuse new ones; a load that runs is waited for."""
+        self._closed = True
+        with self._changing:
+            for model in self._models.values():
+                for served in model.served:
+                    served.scheduler.close()
+
+    def _follow(self, name: str, present: dict[int, Files], before: dict[int, Files]) -> None:
+        """Have a model's versions served that the policy selects of those in the folder that may be served."""
+        while not self._closed:
+            served = self._model(name).numbers
+            new = {
+                number
+                for number, files in present.items()
+                if files == before.get(number) and files != self._tried.get((name, number))
+            }
+            for number in sorted(new):
+                if not self._is_complete(present[number]):
+                    new.remove(number)
+                    self._tried[name, number] = present[number]  # said once
+                    logger.warning("model %s version %s is not loaded: it has no %s", name, number, bundles.MANIFEST)
+            todo = new & self._policy.select(new | (served & set(present)))
+            if not todo:
+                break
+            for number in sorted(todo):
+                try:
+                    self._load(name, number)
+                except BundleError:  # the status and the log have the reason
+                    pass
+                except DeviceError as error:
+                    logger.error("model %s version %s is not served: %s", name, number, error)
+        self._tidy(name, present)
+
+    def _load(self, name: str, number: int) -> None:
+        """Load a version and serve it, in place of itself if it was served before."""
+        version = str(number)
+        self._tried[name, number] = self._seen.get(name, {}).get(number)
+        before = self._model(name).statuses.get(version)
         if before is None or before.served is None:
-            self._statuses[name] = Status(name, version, State.LOADING)
+            self._note(Status(name, version, State.LOADING))
         try:
-            served = self._load(name, version)
+            served = loading.load(self._config, name, version)
         except (BundleError, DeviceError) as error:
-            if before is None or before.served is None:
-                self._statuses[name] = Status(name, version, State.UNAVAILABLE, str(error))
+            if before and before.served:
+                self._note(replace(before, reason=f"what was loaded goes on being served, since now: {error}"))
+            else:
+                self._note(Status(name, version, State.UNAVAILABLE, str(error)))
             raise
-        self._statuses[name] = Status(name, version, State.READY, served=served)
+        self._note(Status(name, version, State.READY, served=served))
         if before and before.served:
             before.served.scheduler.close()
 
-    def _load(self, name: str, version: str) -> ServedModel:
-        start = time.perf_counter()
-        try:
-            served = self._open(name, version)
-        except DeviceError:
-            raise
-        except BundleError as error:
-            logger.error("model %s version %s is not served: %s", name, version, error)
-            raise
-        except Exception as error:  # a file that is what it should be by its hash, and does what nobody foresaw
-            logger.exception("model %s version %s is not served", name, version)
-            raise BundleError(f"{name} version {version} cannot be run: {type(error).__name__}: {error}") from error
-        backend = served.backend
-        logger.info(
-            "model %s version %s READY: %s, %s on %s; %s; %.0f ms",
-            *(name, version, backend.name, backend.provider, backend.device),
-            f"golden answers within {served.golden.max_abs:.1e}" if served.golden else "UNVERIFIED",
-            1000 * (time.perf_counter() - start),
-        )
-        return served
-
-    def _open(self, name: str, version: str) -> ServedModel:
-        config = self._config
-        folder = config.repository / name / version
-        manifest, golden = None, None
-        if config.allow_unverified and _is_plain(folder):
-            backend = open_unverified(folder / bundles.ONNX, config.device, config.threads)
+    def _tidy(self, name: str, present: Collection[int]) -> None:
+        """Unload what the policy selects no more of the versions in the folder, and forget what is not there."""
+        served = self._model(name).numbers
+        keep = self._policy.select(served & set(present))
+        if served and not keep and self._policy.select(present):  # what should be served instead is not
+            keep = {max(served)}
+        gone = {str(number) for number in served - keep}
+        self._drain(name, gone)
+        for number in served - keep:
+            self._tried.pop((name, number), None)  # the policy may select it again
+        left = [
+            status
+            for status in self._model(name).statuses.values()
+            if status.version not in gone and status.reason != UNLOADED and (status.served or status.number in present)
+        ]
+        if left:
+            self._models[name] = Model(left)
         else:
-            bundle = bundles.open_bundle(folder)
-            bundle.verify()
-            backend = open_backend(config.backend, bundle, config.device, config.threads)
-            manifest, golden = bundle.manifest, golden_check(bundle, backend)
-        max_batch_size = config.max_batch_size if _has_batch_axis(backend) else 0
-        statistics = Statistics()
-        scheduler = Scheduler(
-            name,
-            backend.run,
-            statistics,
-            Limits(max_batch_size, config.max_queue, config.max_queue_bytes, config.max_queue_delay_us),
-            config.instances,
-        )
-        return ServedModel(name, version, backend, scheduler, statistics, max_batch_size, manifest, golden)
+            self._models.pop(name, None)
 
-    def statuses(self) -> list[Status]:
-        """Every version known, by model name."""
-        return [self._statuses[name] for name in sorted(self._statuses)]
+    def _drain(self, name: str, versions: Collection[str]) -> None:
+        """From now on no request reaches these versions of a model; returns when those that wait are answered."""
+        statuses = self._model(name).statuses.values()
+        leaving = [status for status in statuses if status.served and status.version in versions]
+        if not leaving:
+            return
+        self._models[name] = Model(
+            Status(name, status.version, State.UNLOADING) if status in leaving else status for status in statuses
+        )
+        for status in leaving:
+            assert status.served
+            status.served.scheduler.close()
+            logger.info("model %s version %s unloaded", name, status.version)
+
+    def _note(self, status: Status) -> None:
+        known = self._model(status.name).statuses.values()
+        self._models[status.name] = Model([*(o for o in known if o.version not in (status.version, "")), status])
+
+    def _is_complete(self, files: Files) -> bool:
+        return files.complete(self._config.allow_unverified)
+
+    def _none_selected(self, present: Iterable[int]) -> str:
+        have = ", ".join(str(number) for number in sorted(present))
+        return f"--version-policy {self._config.version_policy} selects none of its versions {have}"
 
     def index(self) -> list[Status]:
-        """Every model in the repository, those that were never loaded too, by name."""
-        known = {name: Status(name, "", State.UNAVAILABLE) for name in bundles.models(self._config.repository)}
-        return [status for _, status in sorted({**known, **self._statuses}.items())]
+        """As `statuses`, with the models in the repository that were never loaded; reads the folder."""
+        statuses = self.statuses()
+        known = {status.name for status in statuses}
+        with contextlib.suppress(BundleError):  # the folder has gone: what is served is all there is
+            names = bundles.models(self._config.repository)
+            statuses += [Status(name, "", State.UNAVAILABLE) for name in names if name not in known]
+        return sorted(statuses, key=lambda status: status.name)
+
+    def retire(self) -> None:
+        """Report not being ready from now on, and go on answering."""
+        self._retired = True
 
     def ready(self) -> bool:
-        """Whether every version that should be served is READY."""
-        wanted = [self._statuses[name] for name in self._wanted]
-        return all(status.state is State.READY or status.reason == UNLOADED for status in wanted)
+        """Whether every model that should be served is, and those taken out of service since do not count.
+
+        Where nothing will be loaded later, that is every version of it; else one is enough.
+        """
+        if self._retired:
+            return False
+        models = [model for name in self._wanted if (model := self._models.get(name)) and not model.unloaded]
+        if self._config.model_control == "none":
+            return self._started and all(len(model.served) == len(model.statuses) for model in models)
+        return self._started and all(model.served for model in models)
 
     def only_model(self) -> str:
         """The name of the only model.
@@ -207,88 +300,11 @@ class Repository:
         Raises:
             InvalidArgument: there are several, or none.
         """
-        names = sorted(name for name, status in self._statuses.items() if status.reason != UNLOADED)
+        names = sorted(
+            name
+            for name, model in self._models.copy().items()
+            if model.served or (name in self._wanted and not model.unloaded)
+        )
         if len(names) == 1:
             return names[0]
         raise InvalidArgument(f"model: got none, want one of: {', '.join(names)}")
-
-    def get(self, name: str, version: str = "") -> ServedModel:
-        """The model to answer with; an empty version means the newest. The texts are Triton's, up to the semicolon.
-
-        Raises:
-            InvalidArgument: the version is not a number.
-            NotFound: no such model or version.
-            Unavailable: it is loading or may not be served; the text has the reason.
-        """
-        number = _version_number(version)
-        status = self._statuses.get(name)
-        if status is None:
-            names = ", ".join(sorted(self._statuses))
-            raise NotFound(f"Request for unknown model: '{name}' is not found; this server has: {names}")
-        if status.reason == UNLOADED:
-            raise NotFound(f"Request for unknown model: '{name}' has no available versions")
-        if number not in ("", status.version):
-            raise NotFound(
-                f"Request for unknown model: '{name}' version {number} is not found; "
-                f"this server has: {name} version {status.version}"
-            )
-        if status.served is None:
-            reason = status.reason or "it is loading"
-            raise Unavailable(
-                f"Request for unknown model: '{name}' version {status.version} is not at ready state; {reason}"
-            )
-        return status.served
-
-    def close(self) -> None:
-        """Answer the requests that wait and refuse new ones."""
-        for status in self._statuses.values():
-            if status.served:
-                status.served.scheduler.close()
-
-
-def _version_number(version: str) -> str:
-    """A version as it is written in the repository: without leading zeros."""
-    if not version:
-        return ""
-    if not (len(version) < 20 and version.isascii() and version.isdigit() and int(version) > 0):
-        raise InvalidArgument(
-            f"failed to get model version from specified version string '{version[:100]}', "
-            "version should be an integral value > 0"
-        )
-    return str(int(version))
-
-
-def _is_plain(folder: Path) -> bool:
-    """Whether a version is only an ONNX file, as Triton and OpenVINO Model Server lay it out, and no bundle."""
-    return not (folder / bundles.MANIFEST).exists() and (folder / bundles.ONNX).is_file()
-
-
-def _has_batch_axis(backend: Backend) -> bool:
-    """Whether the first axis of every input and output may have any length: it is then the batch."""
-    specs = (*backend.inputs, *backend.outputs)
-    return all(spec.shape and isinstance(spec.shape[0], str) for spec in specs)
-
-
-def golden_check(bundle: Bundle, backend: Backend) -> Comparison:
-    """Answer the bundle's golden images on the very backend and device that will serve, and compare.
-
-    Batches of one, of three and of all images are run, which also warms the backend. Each runs several times and the
-    last is judged: TorchScript optimises during the second run of a shape, and what it then runs is what will serve.
-
-    Raises:
-        GoldenMismatch: an answer is not the trained model's; the text has every failure.
-        BundleError: the golden file is damaged.
-    """
-    image, logits = bundle.golden()
-    precision = bundle.manifest.files[bundle.manifest.file_for(backend.name)].precision
-    allowed = tolerance(precision or "fp32", backend.device)
-    for size in (1, 3, len(image)):
-        for _ in range(GOLDEN_RUNS):
-            outputs = backend.run({bundle.manifest.inputs[0].name: image[:size]})
-        comparison = compare_outputs(logits[:size], outputs, allowed)
-        if not comparison.passed:
-            raise GoldenMismatch(
-                f"{bundle.path}: the answers on {backend.device} ({backend.provider}) are not the trained model's, "
-                f"in a batch of {size}: {'; '.join(comparison.failures)}; export the model again"
-            )
-    return comparison

@@ -270,6 +270,7 @@ class Scheduler:
         self._gathering = False  # whether `_gather` will be called
         self._timer: asyncio.TimerHandle | None = None  # when a batch that waits for more has waited long enough
         self._closed = False
+        self._beginning = threading.Lock()
         self._drained = threading.Event()
         self._threads = [
             threading.Thread(target=self._work_on, name=f"infer-{name}-{number}", daemon=True)
@@ -297,7 +298,8 @@ class Scheduler:
         if self._closed:
             raise Closed(f"model {self._name} is being unloaded")
         if self._loop is None:
-            self._loop = asyncio.get_running_loop()
+            self._begin()
+            assert self._loop is not None
         rows = len(next(iter(inputs.values()))) if self._limits.max_batch_size else 1
         request = Request(inputs, rows, deadline_ns, self._clock())
         self.queue.add(request)
@@ -305,23 +307,28 @@ class Scheduler:
         self._kick()
         return request.future
 
+    def _begin(self) -> None:
+        """Note the loop that the first request comes on, unless the scheduler is closed at this moment."""
+        with self._beginning:
+            if self._closed:
+                raise Closed(f"model {self._name} is being unloaded")
+            self._loop = asyncio.get_running_loop()
+
     async def infer(self, inputs: Mapping[str, Array], deadline_ns: float = math.inf) -> Request:
         """As `submit`, and wait for the answer."""
         return await self.submit(inputs, deadline_ns)
 
     def close(self) -> None:
         """Refuse new requests, run those that wait, and end the threads; to be called off the event loop."""
+        with self._beginning:  # or a first request could come now, and never be run
+            self._closed = True
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._refuse)
+            self._loop.call_soon_threadsafe(self._kick)
             self._drained.wait()
         for _ in self._threads:
             self._work.put(None)
         for thread in self._threads:
             thread.join()
-
-    def _refuse(self) -> None:
-        self._closed = True
-        self._kick()
 
     def _kick(self) -> None:
         """Have a batch taken soon, when a thread is free for it."""

@@ -5,21 +5,35 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import pickle
 import signal
 import sys
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import classifier_pb2, open_inference
+from serving import transport
 from serving.config import ServerConfig
+from serving.control import Control, Local, Member, Readiness, Stop
 from serving.errors import StartupError
-from serving.repository import Repository, State
+from serving.repository import UNLOADED, Repository, State
+from serving.security import TokenGuard, tls
 from serving.services import handler
 from serving.services.classifier import ClassifierService
+from serving.services.gate import Gate, pause
+from serving.services.health import HealthService
 from serving.services.open_inference import OpenInferenceService
+from serving.snapshot import Snapshot, collect
+from serving.statistics import Rpcs
+
+if TYPE_CHECKING:
+    from serving.metrics import Endpoint
+    from serving.tracing import Tracing
 
 if sys.platform == "win32":
     from asyncio import new_event_loop
@@ -28,38 +42,56 @@ else:
 
 logger = logging.getLogger(__name__)
 
-_CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
-SERVICES = (_CLASSIFIER.full_name, open_inference.SERVICE)
+Result = TypeVar("Result")
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
+_PROTOCOL = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+SERVICES = (_CLASSIFIER.full_name, _PROTOCOL.full_name)
 
 
 class Server:
     """A gRPC server over a repository. Listens from `start` on, and is READY when `load` has returned."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, member: Member | None = None) -> None:
+        """Read the certificates and tokens. With `member`, one process of several that share the port.
+
+        Raises:
+            StartupError: a file of them is wrong.
+        """
         self._config = config
         self.repository = Repository(config)
-        self._health = health.aio.HealthServicer()
+        self._rpcs = Rpcs()
+        self._metrics: Endpoint | None = None
+        self._polling: asyncio.Task[None] | None = None
+        self._local = Local(self.repository, self._report, self._show, self.snapshot)
+        self._member = member
+        self._taken_over: set[tuple[str, str]] | None = None  # names and versions to serve, as others do
+        self._control: Control = member or self._local
+        self._shown: set[str] = set()  # the models that the health service was told of
+        self._health = HealthService()
+        self._gate = Gate()
+        self._tls = tls(config)
+        self._guard = TokenGuard(config.token_file) if config.token_file else None
+        self._tracing = _tracing(config)
         self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
-            ]
+            interceptors=[interceptor for interceptor in (self._guard, self._tracing) if interceptor],
+            options=transport.options(config, shared_port=member is not None),
         )
-        self._classifier = ClassifierService(self.repository, config)
-        open_inference_service = OpenInferenceService(self.repository, config, self._report)
+        self._classifier = ClassifierService(self.repository, config, self._rpcs)
+        open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
+        shared = (self._rpcs, self._gate, config)
         self._server.add_generic_rpc_handlers(
             (
-                handler(self._classifier, _CLASSIFIER),
-                handler(open_inference_service, open_inference.POOL.FindServiceByName(open_inference.SERVICE)),
+                # The health service goes on being answered when the gate is closed.
+                handler(self._health, _HEALTH, Rpcs(), self._gate, config),  # probes are not counted
+                self._gate,
+                handler(self._classifier, _CLASSIFIER, *shared),
+                handler(open_inference_service, _PROTOCOL, *shared),
             )
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, _reflected()
+            (*SERVICES, _HEALTH.full_name, reflection.SERVICE_NAME), self._server, _reflected()
         )
 
     async def start(self) -> str:
@@ -69,89 +101,224 @@ class Server:
             StartupError: the address cannot be listened on.
             BundleError: the repository has nothing to serve.
         """
-        self.repository.scan()
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        try:
-            port = self._server.add_insecure_port(f"{host}:{self._config.port}")
-        except RuntimeError as error:
-            raise StartupError(
-                f"cannot listen on {host}:{self._config.port}: in use, or not this machine's address; "
-                "choose another with --port"
-            ) from error
+        if self._taken_over is None:
+            self.repository.scan()
+            self._join()
+        port = transport.listen(self._server, self._config, self._tls)
+        self._serve_metrics()
         await self._report()
         await self._server.start()
-        return f"{host}:{port}"
+        return self._config.model_copy(update={"port": port}).address
+
+    def take_over(self, models: bytes) -> None:
+        """Before `load`, which then comes before `start`: serve what the other processes of the server do.
+
+        Args:
+            models: what the `Local.models` of one of them gave.
+
+        Raises:
+            BundleError: the repository has nothing to serve.
+        """
+        statuses = pickle.loads(models)
+        self._taken_over = {(status.name, status.version) for status in statuses if status.state is State.READY}
+        self.repository.adopt(statuses)
+        self._join()
+
+    def _join(self) -> None:
+        """From here on, what concerns all processes reaches this one: its repository knows what it should have."""
+        if self._member:
+            self._member.join(self._local)
+
+    def _serve_metrics(self) -> None:
+        if self._config.metrics_port is None or self._member:  # the supervisor has them for all
+            return
+        from serving.metrics import start  # a server without it saves the time and memory of the libraries
+
+        self._metrics = start(self._config, self._config.metrics_port, self.snapshot)
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where the metrics are, `host:port` with the port that was bound; None where there are none."""
+        return self._metrics.address if self._metrics else None
+
+    def snapshot(self) -> Snapshot:
+        """The server as it stands, for its metrics; from any thread."""
+        return collect(self.repository, self._rpcs, ready=self.repository.ready())
 
     async def load(self) -> None:
         """Load every model and report what became READY.
 
         Raises:
             DeviceError: the device asked for cannot be used.
-            StartupError: not one model may be served.
+            StartupError: not one model may be served; or, having taken over, not every one that the others serve.
         """
         await asyncio.to_thread(self.repository.load_all)
         statuses = self.repository.statuses()
-        if statuses and not any(status.state is State.READY for status in statuses):
-            reasons = "; ".join(f"{status.name} version {status.version}: {status.reason}" for status in statuses)
-            raise StartupError(f"no model may be served: {reasons}")
+        failed = [status for status in statuses if status.state is State.UNAVAILABLE and status.reason != UNLOADED]
+        if self._taken_over is not None:
+            failed = [status for status in failed if (status.name, status.version) in self._taken_over]
+        if failed and (self._taken_over is not None or not any(status.state is State.READY for status in statuses)):
+            reasons = "; ".join(f"{status.name} version {status.version}: {status.reason}" for status in failed)
+            raise StartupError(f"{'no' if self._taken_over is None else 'not every'} model may be served: {reasons}")
         await self._report()
+        if self._config.model_control == "poll":
+            self._polling = asyncio.create_task(self._poll())
+
+    async def _poll(self) -> None:
+        """Keep what is served in step with the repository's folder."""
+        while True:
+            await asyncio.sleep(self._config.poll_s)
+            try:
+                if await asyncio.to_thread(self.repository.poll):
+                    await self._report()
+            except Exception:  # the next look may do better; without it nothing would ever be loaded again
+                logger.exception("unexpected error while looking for new versions")
 
     async def _report(self) -> None:
-        """Tell the health service: "" and the services are SERVING when every model is, each model under its name."""
-        ready = self.repository.ready()
-        for service in ("", *SERVICES):
-            await self._health.set(service, SERVING if ready else NOT_SERVING)
-        for status in self.repository.statuses():
-            await self._health.set(status.name, SERVING if status.state is State.READY else NOT_SERVING)
+        """Have the models' states shown, after they changed."""
+        await self._control.report()
 
-    async def stop(self) -> None:
-        """Report NOT_SERVING, let running requests finish for at most `drain_s` seconds, then close the models."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(self._config.drain_s)
+    async def _show(self, readiness: Readiness) -> None:
+        """Tell the health service: "" and the services are as the server is, and each model under its name."""
+        for service in ("", *SERVICES):
+            self._health.set(service, readiness.server)
+        for name in {*readiness.models, *self._shown}:
+            self._health.set(name, bool(readiness.models.get(name)))
+        self._shown = set(readiness.models)
+
+    def reload(self) -> None:
+        """Read the certificates and tokens again; those that are wrong now stay as they were."""
+        for source in (self._tls, self._guard):
+            if source:
+                source.files.reload()
+
+    def security(self) -> str:
+        """How calls are protected, for the log."""
+        transport = "plain text" if self._tls is None else "mutual TLS" if self._config.tls_client_ca else "TLS"
+        return f"{transport}, {'tokens' if self._guard else 'no tokens'}"
+
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
+        """Report that the server is not ready, answer on for `drain_delay_s`, let what runs finish, close the models.
+
+        What is not finished `drain_s` seconds after new calls are refused, or when `hurry` is set, is cancelled.
+        A second time, nothing is left to do.
+        """
+        if self._gate.closed:
+            return
+        hurry = hurry or asyncio.Event()
+        if self._polling:
+            self._polling.cancel()
+        self.repository.retire()
+        self._health.stop()
+        await pause(self._config.drain_delay_s, hurry)
+        await self._gate.close(hurry)
+        self._health.close()
+        finishing = asyncio.create_task(self._server.stop(self._config.drain_s))
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait({finishing, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not finishing.done():
+            logger.warning("stopping at once: requests that still run are aborted")
+            await self._server.stop(None)
+        await finishing
         await asyncio.to_thread(self._classifier.close)
         await asyncio.to_thread(self.repository.close)
+        if self._metrics:
+            await asyncio.to_thread(self._metrics.close)
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
+
+
+def _tracing(config: ServerConfig) -> Tracing | None:
+    if config.trace_endpoint is None:
+        return None
+    try:
+        from serving.tracing import Tracing  # only where it is asked for: it may not be installed
+    except ImportError as error:
+        raise StartupError(
+            f"--trace-endpoint needs OpenTelemetry: pip install 'parityserve[tracing]' ({error})"
+        ) from error
+    return Tracing(config.trace_endpoint)
 
 
 def _reflected() -> DescriptorPool:
     """Everything that reflection tells of, in one pool: the protocol's own messages are in none of the others'."""
     pool = DescriptorPool()
-    protocol = open_inference.POOL.FindServiceByName(open_inference.SERVICE).file
-    for file in (classifier_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR, protocol):
+    for file in (classifier_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR, _PROTOCOL.file):
         pool.AddSerializedFile(file.serialized_pb)
     return pool
 
 
 def serve(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; on the fastest event loop that there is.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the draining short.
 
     Raises:
         StartupError, DeviceError, BundleError: the server cannot start.
     """
+    run(serve_here(config))
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine on the fastest event loop that there is."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(config))
+        return runner.run(main)
 
 
-async def _serve(config: ServerConfig) -> None:
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    if sys.platform != "win32":  # there, Ctrl-C raises KeyboardInterrupt
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
-    server = Server(config)
+async def serve_here(config: ServerConfig, member: Member | None = None) -> None:
+    """As `serve`, on the loop that runs.
+
+    Args:
+        config: every setting.
+        member: for one process of several; its supervisor stops it.
+    """
+    stop = member.stop if member else Stop()
+    server = Server(config, member)
+    _on_signals(server, stop, member is not None)
+    if member and member.role.models:
+        server.take_over(member.role.models)
     try:
-        address = await server.start()
-        logger.info("listening on %s, loading models from %s", address, config.repository)
-        loading = asyncio.create_task(server.load())
-        stop = asyncio.create_task(stopping.wait())
-        await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            await loading  # raises what the load raised
-            gc.freeze()  # what is there by now stays: the collector need not look through it again and again
-            logger.info(
-                "%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address
-            )
-        await stop
-        logger.info("stopping: running requests may finish for %g s", config.drain_s)
+        starting = asyncio.create_task(_start(server, config, member))
+        asked = asyncio.create_task(stop.asked.wait())
+        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting  # raises what starting raised
+        await asked
+        logger.info(
+            "stopping: answering on for %g s, then running requests may finish for %g s; a second signal ends it",
+            *(config.drain_delay_s, config.drain_s),
+        )
+    except BaseException:
+        stop.asked_again.set()  # nobody is served
+        raise
     finally:
-        await server.stop()
+        await server.stop(stop.asked_again)
     logger.info("stopped")
+
+
+async def _start(server: Server, config: ServerConfig, member: Member | None) -> None:
+    if member and member.role.models:  # in place of one that died: whoever is connected to it finds it READY
+        await server.load()
+        await server.start()
+    else:  # whoever connects can ask how far it is
+        address = await server.start()
+        logger.info("listening on %s (%s), loading models from %s", address, server.security(), config.repository)
+        await server.load()
+    gc.freeze()  # what is there by now stays: the collector need not look through it again and again
+    if member:
+        await member.started()
+    else:
+        logger.info("%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address)
+
+
+def _on_signals(server: Server, stop: Stop, is_worker: bool) -> None:
+    """SIGTERM and SIGINT ask to stop, and ask again; SIGHUP has certificates and tokens read again.
+
+    A worker is hurried by its supervisor alone: a signal may reach both, from a service manager that signals every
+    process of a group, and then counts once.
+    """
+    if sys.platform == "win32":  # there, Ctrl-C raises KeyboardInterrupt
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.asked.set if is_worker else stop.ask)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)

@@ -1,13 +1,23 @@
-"""What a served version has done, counted as Triton's statistics extension counts it."""
+"""What a served version has done, counted as Triton's statistics extension counts it, and how RPCs ended.
+
+All of it can be pickled, and that of several processes merged.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
+
+# 100 us to 10 s in steps of 1, 2, 5.
+DURATION_BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
 
 DropReason = Literal["queue_full", "queue_bytes", "expired", "cancelled"]
+DROP_REASONS: tuple[DropReason, ...] = get_args(DropReason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +31,12 @@ class Stages:
     computed_ns: int
 
 
-@dataclass
+# Who wants to know, beside the counts, of each request that succeeds in the call that is being answered: when it began
+# to be decoded, its stages, and when it was encoded.
+observer: ContextVar[Callable[[int, Stages, int], None] | None] = ContextVar("observer", default=None)
+
+
+@dataclass(slots=True)
 class Duration:
     """How often something was done and how long it took in all."""
 
@@ -33,8 +48,36 @@ class Duration:
         self.count += 1
         self.ns += ns
 
+    def include(self, other: Duration) -> None:
+        """Count all that another has counted."""
+        self.count += other.count
+        self.ns += other.ns
 
-@dataclass
+
+@dataclass(slots=True)
+class Histogram:
+    """How long something took in all, and how often it took at most as long as each of `DURATION_BOUNDS_NS`."""
+
+    ns: int = 0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(DURATION_BOUNDS_NS) + 1))  # the last: longer
+
+    @property
+    def count(self) -> int:
+        """How often."""
+        return sum(self.buckets)
+
+    def add(self, ns: int) -> None:
+        """Count one more."""
+        self.ns += ns
+        self.buckets[bisect_left(DURATION_BOUNDS_NS, ns)] += 1
+
+    def include(self, other: Histogram) -> None:
+        """Count all that another has counted."""
+        self.ns += other.ns
+        self.buckets = [mine + theirs for mine, theirs in zip(self.buckets, other.buckets, strict=True)]
+
+
+@dataclass(slots=True)
 class BatchStatistics:
     """Of all runs with one number of rows."""
 
@@ -48,44 +91,91 @@ class Statistics:
     """Of one version since it was loaded.
 
     For every request that succeeded, queue + compute_input + compute_infer + compute_output is exactly success.
-    `executed` is called by the model's thread, all else by the event loop; they share no field.
+    The event loop alone counts, so nothing needs a lock. Another thread may read with `merge`; what it gets may have a
+    request in some fields and not yet in others, but no field of it ever falls.
     """
 
-    inference_count: int = 0  # rows
-    execution_count: int = 0  # runs of the model
-    last_inference_ms: int = 0  # since 1970
-    success: Duration = field(default_factory=Duration)  # from the decoding of the request to the encoded answer
+    success: Histogram = field(default_factory=Histogram)  # from the decoding of the request to the encoded answer
     fail: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    compute_input: Duration = field(default_factory=Duration)  # decoding, and assembling the batch
-    compute_infer: Duration = field(default_factory=Duration)
-    compute_output: Duration = field(default_factory=Duration)  # splitting the batch, and encoding
+    queue: Histogram = field(default_factory=Histogram)
+    compute_input_ns: int = 0  # decoding, and assembling the batch
+    compute_infer_ns: int = 0
+    compute_output_ns: int = 0  # splitting the batch, and encoding; counted by itself so that it never falls
+    runs: Histogram = field(default_factory=Histogram)  # of the model: assembling the batch, computing, splitting
+    batches: dict[int, BatchStatistics] = field(default_factory=dict)  # by the number of rows
+    last_inference_ms: int = 0  # since 1970
     drops: Counter[str] = field(default_factory=Counter)  # by reason
-    batches: defaultdict[int, BatchStatistics] = field(default_factory=lambda: defaultdict(BatchStatistics))
+
+    @property
+    def inference_count(self) -> int:
+        """Rows inferred, whether or not anyone still waited for them."""
+        return sum(rows * batch.compute_infer.count for rows, batch in self.batches.items())
+
+    @property
+    def execution_count(self) -> int:
+        """Runs of the model."""
+        return sum(batch.compute_infer.count for batch in self.batches.values())
 
     def executed(self, rows: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
         """Count one run of the model."""
-        self.execution_count += 1
-        batch = self.batches[rows]
+        batch = self.batches.get(rows)
+        if batch is None:
+            batch = self.batches[rows] = BatchStatistics()
         batch.compute_input.add(input_ns)
         batch.compute_infer.add(infer_ns)
         batch.compute_output.add(output_ns)
+        self.runs.add(input_ns + infer_ns + output_ns)
+        self.last_inference_ms = time.time_ns() // 1_000_000
+
+    def dropped(self, reason: DropReason) -> None:
+        """Count a request that the model was not run for; it has to be counted by `failed` too."""
+        self.drops[reason] += 1
 
     def succeeded(self, start_ns: int, stages: Stages) -> None:
         """Count a request that began to be decoded at `start_ns`, of `time.monotonic_ns()`, and is encoded now."""
         end_ns = time.monotonic_ns()
-        self.inference_count += stages.rows
-        self.last_inference_ms = time.time_ns() // 1_000_000
         self.success.add(end_ns - start_ns)
         self.queue.add(stages.taken_ns - stages.queued_ns)
-        self.compute_input.add(stages.queued_ns - start_ns + stages.assembled_ns - stages.taken_ns)
-        self.compute_infer.add(stages.computed_ns - stages.assembled_ns)
-        self.compute_output.add(end_ns - stages.computed_ns)
-
-    def dropped(self, reason: DropReason) -> None:
-        """Count a request that the model was not run for."""
-        self.drops[reason] += 1
+        self.compute_input_ns += stages.queued_ns - start_ns + stages.assembled_ns - stages.taken_ns
+        self.compute_infer_ns += stages.computed_ns - stages.assembled_ns
+        self.compute_output_ns += end_ns - stages.computed_ns
+        if (observe := observer.get()) is not None:
+            observe(start_ns, stages, end_ns)
 
     def failed(self, start_ns: int) -> None:
         """Count a request that began to be decoded at `start_ns` and was refused."""
         self.fail.add(time.monotonic_ns() - start_ns)
+
+
+def merge(parts: Sequence[Statistics]) -> Statistics:
+    """What all of them have counted together, which shares nothing with them: that of one is a copy."""
+    whole = Statistics()
+    for part in parts:
+        whole.success.include(part.success)
+        whole.fail.include(part.fail)
+        whole.queue.include(part.queue)
+        whole.compute_input_ns += part.compute_input_ns
+        whole.compute_infer_ns += part.compute_infer_ns
+        whole.compute_output_ns += part.compute_output_ns
+        whole.runs.include(part.runs)
+        for rows, batch in part.batches.copy().items():
+            to = whole.batches.setdefault(rows, BatchStatistics())
+            to.compute_input.include(batch.compute_input)
+            to.compute_infer.include(batch.compute_infer)
+            to.compute_output.include(batch.compute_output)
+        whole.last_inference_ms = max(whole.last_inference_ms, part.last_inference_ms)
+        whole.drops.update(part.drops.copy())
+    return whole
+
+
+@dataclass
+class Rpcs:
+    """How the RPCs of one server ended, by full method name and status code. Touched by the event loop alone."""
+
+    ended: Counter[tuple[str, str]] = field(default_factory=Counter)
+    stream_errors: Counter[tuple[str, str]] = field(default_factory=Counter)  # answers within streams that are errors
+
+    def include(self, other: Rpcs) -> None:
+        """Count all that another has counted; may be one that a running server counts with."""
+        self.ended.update(other.ended.copy())
+        self.stream_errors.update(other.stream_errors.copy())

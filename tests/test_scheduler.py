@@ -209,6 +209,15 @@ def test_closing_answers_those_who_wait_and_refuses_the_rest():
     scheduled(scenario, model)
 
 
+def test_one_that_is_closed_before_its_first_request_refuses_it():
+    async def scenario(scheduler):
+        await asyncio.to_thread(scheduler.close)
+        with pytest.raises(Unavailable, match="model m is being unloaded"):
+            await asyncio.wait_for(scheduler.infer(rows(3)), 10)
+
+    scheduled(scenario, Model())
+
+
 def test_any_interleaving_gives_each_caller_its_own_rows():
     rng = np.random.default_rng(0)
     model = Model()

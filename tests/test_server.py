@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from PIL import Image
 from test_parity import change_weight
 
-import serving.repository
+import serving.loading
 from protos import classifier_pb2 as pb
 from protos import classifier_pb2_grpc
 from protos import open_inference as pb_oip
@@ -289,14 +289,14 @@ class Held:
 def held(repository, monkeypatch):
     """A server whose model is held: (its address, the backend)."""
     opened = []
-    real = serving.repository.open_backend
+    real = serving.loading.open_backend
 
     def hold(*arguments):
         opened.append(Held(real(*arguments)))
         opened[0].released.set()  # for the golden check
         return opened[0]
 
-    monkeypatch.setattr(serving.repository, "open_backend", hold)
+    monkeypatch.setattr(serving.loading, "open_backend", hold)
     with running(repository, max_queue=1, drain_s=10.0) as server:
         backend = opened[0]
         backend.released.clear()
@@ -357,9 +357,9 @@ def health_or_none(address: str) -> int | None:
 
 def test_a_passed_deadline_is_told(repository, monkeypatch):
     """By the protocol's own timeout, since the caller's deadline ends the call at the caller's side."""
-    real = serving.repository.open_backend
+    real = serving.loading.open_backend
     opened = []
-    monkeypatch.setattr(serving.repository, "open_backend", lambda *a: opened.append(Held(real(*a))) or opened[0])
+    monkeypatch.setattr(serving.loading, "open_backend", lambda *a: opened.append(Held(real(*a))) or opened[0])
     threading.Timer(0.1, lambda: opened[0].released.set()).start()
     with (
         running(repository) as server,

@@ -16,12 +16,19 @@ import trainer.__main__
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# Who may import whom; tests, benchmarks and examples may import everything.
-ALLOWED = {"protos": {"protos"}, "serving": {"protos", "serving"}, "trainer": {"serving", "trainer"}}
+# Who may import whom; tests and examples may import everything.
+ALLOWED = {
+    "protos": {"protos"},
+    "serving": {"protos", "serving"},
+    "trainer": {"serving", "trainer"},
+    "benchmarks": {"protos", "serving", "benchmarks"},
+}
 # Heavy or optional packages, and the only modules that may import them.
 OWNERS = {
     "onnxruntime": {"serving/backends/onnx.py"},
     "torch": {"serving/backends/torchscript.py"},
+    "opentelemetry": {"serving/tracing.py"},
+    "prometheus_client": {"serving/metrics.py"},
 }
 
 

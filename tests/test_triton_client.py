@@ -2,6 +2,7 @@
 
 import asyncio
 import queue
+import shutil
 
 import grpc
 import numpy as np
@@ -22,7 +23,7 @@ from serving.errors import StartupError
 def explicit(repository, tmp_path_factory):
     """A server whose clients load and unload; it serves plain ONNX files too."""
     root = tmp_path_factory.mktemp("mixed")
-    (root / MODEL).symlink_to(repository / MODEL)
+    shutil.copytree(repository / MODEL, root / MODEL)
     plain(root / "sum" / "1", [sum_of_two()])
     plain(root / "words" / "1", [echo(TensorProto.STRING, ["n"])])
     plain(root / "half" / "1", [echo(TensorProto.FLOAT16, ["n", 4])])
@@ -284,7 +285,7 @@ def test_a_server_may_start_with_nothing_to_serve(repository, tmp_path):
     ):
         assert client.is_server_ready()
         assert not client.get_model_repository_index().models
-        (tmp_path / MODEL).symlink_to(repository / MODEL)
+        shutil.copytree(repository / MODEL, tmp_path / MODEL)
         client.load_model(MODEL)
         assert client.is_model_ready(MODEL)
 

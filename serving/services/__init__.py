@@ -10,20 +10,23 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf import message_factory
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, ServiceDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from serving import errors
-from serving.errors import InvalidArgument, QueueFull
+from serving import errors, logs
+from serving.config import ServerConfig
+from serving.errors import InvalidArgument, MessageTooLarge, QueueFull, Unavailable
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
-from serving.statistics import Stages
+from serving.services.gate import STOPPING, Gate
+from serving.statistics import Rpcs, Stages
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -42,24 +45,31 @@ def in_bytes(method: Method) -> Method:
     return method
 
 
-def handler(servicer: object, service: ServiceDescriptor) -> grpc.GenericRpcHandler:
-    """The RPCs of a service, answered by the methods of the same names.
+def handler(
+    servicer: object, service: ServiceDescriptor, rpcs: Rpcs, gate: Gate, config: ServerConfig
+) -> grpc.GenericRpcHandler:
+    """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`; `gate` ends streams.
 
-    Messages are parsed here and not by gRPC, which would answer INTERNAL to one that cannot be parsed.
+    Messages are measured and parsed here and not by gRPC, which would not say which option limits their size, and
+    would answer INTERNAL to one that cannot be parsed.
     """
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
         answer = getattr(servicer, method.name)
         raw = hasattr(answer, "in_bytes")
-        parsed = bytes if raw else parser(message_factory.GetMessageClass(method.input_type))
+        parse = bytes if raw else parser(message_factory.GetMessageClass(method.input_type))
+        parsed = _limited(parse, config.max_message_bytes)
         serialize = None if raw else _serialize
+        rpc = Rpc(f"{service.full_name}/{method.name}", _id_field(method.input_type), rpcs)
         if method.server_streaming:
+            stream = _stream(answer, parsed, rpc, gate)
             methods[method.name] = grpc.stream_stream_rpc_method_handler(
-                _stream(answer, parsed), response_serializer=serialize
+                _logged_stream(stream, rpc) if config.log_requests == "all" else stream, response_serializer=serialize
             )
         else:
+            unary = _unary(answer, parsed, rpc)
             methods[method.name] = grpc.unary_unary_rpc_method_handler(
-                _unary(answer, parsed), response_serializer=serialize
+                _logged_unary(unary, rpc) if config.log_requests == "all" else unary, response_serializer=serialize
             )
     return grpc.method_handlers_generic_handler(service.full_name, methods)
 
@@ -158,32 +168,109 @@ def parser(message: type[Message]) -> Callable[[bytes], Any]:
     return parse
 
 
-def _unary(answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Awaitable[Any]]:
+def _limited(parse: Callable[[bytes], Any], max_bytes: int) -> Callable[[bytes], Any]:
+    """`parse`, and MessageTooLarge for more than `max_bytes`."""
+
+    def limited(data: bytes) -> Any:
+        if len(data) > max_bytes:
+            raise MessageTooLarge(f"got a message of {len(data)} bytes, want at most {max_bytes} (--max-message-bytes)")
+        return parse(data)
+
+    return limited
+
+
+def _id_field(request: Descriptor) -> int:
+    """The number of the field that has a request's id; 0 where requests have none."""
+    field = request.fields_by_name.get("id")
+    return field.number if field else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rpc:
+    """One method: how its calls are counted, and told apart in the log."""
+
+    name: str  # service/method
+    id_field: int
+    rpcs: Rpcs
+
+    def ended(self, code: str) -> None:
+        """Count a call that ended with the status code named."""
+        self.rpcs.ended[self.name, code] += 1
+
+    def about(self, context: Context, data: bytes) -> logs.Fields:
+        """What the log says of a call with this request."""
+        request_id = logs.text_field(data, self.id_field) if self.id_field else ""
+        return logs.about(self.name, context.peer(), context.invocation_metadata() or (), request_id)
+
+
+def _logged_unary(call: Callable[..., Awaitable[Any]], rpc: Rpc) -> Callable[..., Awaitable[Any]]:
+    async def logged(data: bytes, context: Context) -> Any:
+        start_ns = time.monotonic_ns()
+        response = await call(data, context)
+        logs.answered(rpc.about(context, data), start_ns, 1)
+        return response
+
+    return logged
+
+
+def _logged_stream(call: Callable[..., AsyncIterator[Any]], rpc: Rpc) -> Callable[..., AsyncIterator[Any]]:
+    async def logged(source: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        start_ns, answers = time.monotonic_ns(), 0
+        async for response in call(source, context):
+            answers += 1
+            yield response
+        logs.answered(rpc.about(context, b""), start_ns, answers)
+
+    return logged
+
+
+def _unary(
+    answer: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any], rpc: Rpc
+) -> Callable[..., Awaitable[Any]]:
     async def call(data: bytes, context: Context) -> Any:
         try:
-            return await answer(parse(data), context)
+            response = await answer(parse(data), context)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, rpc, data)
+        except BaseException:  # the caller has gone
+            rpc.ended("CANCELLED")
+            raise
+        rpc.ended("OK")
+        return response
 
     return call
 
 
-def _stream(answer: Callable[..., AsyncIterator[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
-    async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+def _stream(
+    answer: Callable[..., AsyncIterator[Any]],
+    parse: Callable[[bytes], Any],
+    rpc: Rpc,
+    gate: Gate,
+) -> Callable[..., Any]:
+    async def call(source: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in answer((parse(data) async for data in requests), context):
-                yield response
+            with gate.requests(source, parse) as requests:
+                async for response in answer(requests, context):
+                    yield response
+                if requests.is_cut:
+                    raise Unavailable(STOPPING)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, rpc)
+        except BaseException:  # the caller has gone
+            rpc.ended("CANCELLED")
+            raise
+        rpc.ended("OK")
 
     return call
 
 
-async def _abort(context: Context, error: Exception) -> None:
-    """End an RPC with the status of `error`: the only place that does so."""
-    code, details = errors.to_status(error)
+async def _abort(context: Context, error: Exception, rpc: Rpc, data: bytes = b"") -> NoReturn:
+    """End an RPC with the status of what its servicer raised: the only place that does so."""
+    code, details = errors.to_status(error, lambda: rpc.about(context, data))
+    rpc.ended(code.name)
     trailing = _retry_info(code, details, error.retry_s) if isinstance(error, QueueFull) else ()
     await context.abort(code, details, trailing)
+    raise AssertionError("abort raises")
 
 
 def _retry_info(code: grpc.StatusCode, details: str, retry_s: float) -> tuple[tuple[str, bytes], ...]:

@@ -11,20 +11,23 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import classifier_pb2 as pb
-from serving import errors, images
+from serving import errors, images, logs
 from serving.bundle import Manifest
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, QueueFull
 from serving.repository import Repository, ServedModel, State, Status
 from serving.services import Context, Pending, ask, deadline, in_order
-from serving.statistics import Stages
+from serving.statistics import Rpcs, Stages
 from serving.tensors import Array, TensorSpec, shape_text
 
 DECODERS = 2  # threads that decode pictures; each needs a few bytes for every pixel of --max-image-pixels
 
+_STREAM = f"{pb.DESCRIPTOR.services_by_name['Classifier'].full_name}/PredictStream"
+
 _STATES = {
     State.LOADING: pb.Model.STATE_LOADING,
     State.READY: pb.Model.STATE_READY,
+    State.UNLOADING: pb.Model.STATE_UNLOADING,
     State.UNAVAILABLE: pb.Model.STATE_UNAVAILABLE,
 }
 
@@ -32,9 +35,10 @@ _STATES = {
 class ClassifierService:
     """The servicer; see `protos/classifier.proto` for what each method promises."""
 
-    def __init__(self, repository: Repository, config: ServerConfig) -> None:
+    def __init__(self, repository: Repository, config: ServerConfig, rpcs: Rpcs) -> None:
         self._repository = repository
         self._config = config
+        self._rpcs = rpcs
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._decoding = 0  # requests whose pictures wait or are decoded
 
@@ -59,27 +63,28 @@ class ClassifierService:
             yield response
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """Every model, ready or not."""
+        """Every version of every model, ready or not."""
         return pb.ListModelsResponse(models=[_describe(status) for status in self._repository.statuses()])
 
     async def _predict_or_error(self, request: pb.PredictRequest, until: float) -> pb.PredictStreamResponse:
         try:
             return pb.PredictStreamResponse(response=await self._predict(request, until))
         except Exception as error:
-            code, details = errors.to_status(error)
+            code, details = errors.to_status(error, lambda: logs.about(_STREAM, "", (), request.id))
+            self._rpcs.stream_errors[_STREAM, code.name] += 1
             return pb.PredictStreamResponse(error=pb.Error(id=request.id, code=code.value[0], message=details))
 
     async def _predict(self, request: pb.PredictRequest, until: float) -> pb.PredictResponse:
         async def question(served: ServedModel) -> tuple[pb.PredictResponse, Stages]:
             manifest = _classifier(served)
             top_k = _top_k(request.top_k, len(manifest.labels))
-            batch = await self._images(request, manifest.inputs[0])
+            batch = await self._images(request, served, manifest.inputs[0])
             answer = await served.scheduler.infer({manifest.inputs[0].name: batch}, until)
             return _response(request.id, served, manifest, answer.outputs["probabilities"], top_k), answer.stages
 
         return await ask(self._repository, request.model or self._repository.only_model(), request.version, question)
 
-    async def _images(self, request: pb.PredictRequest, spec: TensorSpec) -> npt.NDArray[np.uint8]:
+    async def _images(self, request: pb.PredictRequest, served: ServedModel, spec: TensorSpec) -> npt.NDArray[np.uint8]:
         """The request's images as the model's input tensor."""
         match request.WhichOneof("input"):
             case "raw":
@@ -90,6 +95,7 @@ class ClassifierService:
                 encoded = request.encoded
                 self._check_batch(len(encoded.images))
                 if self._decoding >= self._config.max_queue:
+                    served.statistics.dropped("queue_full")
                     raise QueueFull(f"{self._decoding} requests with pictures wait already, the queue holds no more")
                 self._decoding += 1
                 try:
@@ -164,8 +170,8 @@ def _response(
     ]
     return pb.PredictResponse(
         predictions=predictions,
-        model=manifest.model,
-        version=str(manifest.version),
+        model=served.name,
+        version=served.version,
         backend=backend.name,
         provider=backend.provider,
         device=backend.device,

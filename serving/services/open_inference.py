@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 from protos import open_inference as pb
 from serving import __version__, wire
 from serving.config import ServerConfig
+from serving.control import Control
 from serving.errors import InvalidArgument, NotFound, RequestError, Unavailable, Unimplemented
 from serving.repository import Repository, ServedModel, State
 from serving.services import Context, Pending, ask, deadline, in_bytes, in_order, parser
 from serving.services.prepared import PreparedRequests, stream_error
-from serving.statistics import Duration, Stages
+from serving.statistics import Duration, Rpcs, Stages, Statistics
 from serving.tensors import TensorSpec
+from serving.versions import VersionPolicy
 
 # https://github.com/triton-inference-server/server/tree/main/docs/protocol: the extensions' names.
 EXTENSIONS = (
@@ -38,12 +39,13 @@ _NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled
 class OpenInferenceService:
     """The servicer; see `protos/open_inference.proto` for what each method promises."""
 
-    def __init__(self, repository: Repository, config: ServerConfig, changed: Callable[[], Awaitable[None]]) -> None:
-        """`changed` is called after a model was loaded or unloaded."""
+    def __init__(self, repository: Repository, config: ServerConfig, rpcs: Rpcs, control: Control) -> None:
         self._repository = repository
         self._config = config
-        self._changed = changed
+        self._rpcs = rpcs
+        self._control = control
         self._prepared = PreparedRequests(repository)
+        self._policy = _version_policy(VersionPolicy.parse(config.version_policy))
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         """True: who answers is alive."""
@@ -51,7 +53,7 @@ class OpenInferenceService:
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
         """Whether every model that should be served is."""
-        return pb.ServerReadyResponse(ready=self._repository.ready())
+        return pb.ServerReadyResponse(ready=self._control.readiness().server)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         """Whether a version is served; a model that is not known is not ready."""
@@ -59,7 +61,7 @@ class OpenInferenceService:
             self._repository.get(request.name, request.version)
         except (NotFound, Unavailable):
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=True)
+        return pb.ModelReadyResponse(ready=self._control.readiness().models.get(request.name, False))
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         """The server's name and version, and the extensions that it offers."""
@@ -70,7 +72,7 @@ class OpenInferenceService:
         served = self._repository.get(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=served.name,
-            versions=[served.version],
+            versions=[version.version for version in self._repository.versions(served.name)],
             platform=_PLATFORMS[served.backend.name][0],
             inputs=[_tensor_metadata(spec) for spec in served.backend.inputs],
             outputs=[_tensor_metadata(spec) for spec in served.backend.outputs],
@@ -79,7 +81,8 @@ class OpenInferenceService:
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
         """A model's configuration, as Triton's clients read it."""
-        return pb.ModelConfigResponse(config=_config(self._repository.get(request.name, request.version)))
+        served = self._repository.get(request.name, request.version)
+        return pb.ModelConfigResponse(config=_config(served, self._policy))
 
     @in_bytes
     async def ModelInfer(self, data: bytes, context: Context) -> bytes:
@@ -95,9 +98,13 @@ class OpenInferenceService:
         until = deadline(context)
 
         def begin(data: bytes) -> Pending[bytes]:
-            with contextlib.suppress(RequestError):  # it will be refused again, with its id
+            try:
                 if (running := self._prepared.submit(data, until)) is not None:
-                    return running.in_stream()
+                    return running.in_stream(self._rpcs)
+            except RequestError as error:
+                refused: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+                refused.set_result(stream_error(_parse(data), error, self._rpcs).SerializeToString())
+                return refused
             return asyncio.create_task(self._infer_in_stream(data, _parse(data), until))
 
         async for response in in_order(requests, begin):
@@ -107,7 +114,7 @@ class OpenInferenceService:
         try:
             response = pb.ModelStreamInferResponse(infer_response=await self._infer(data, request, until))
         except Exception as error:
-            response = stream_error(request, error)
+            response = stream_error(request, error, self._rpcs)
         return response.SerializeToString()
 
     async def _infer(self, data: bytes, request: pb.ModelInferRequest, until: float) -> pb.ModelInferResponse:
@@ -125,17 +132,23 @@ class OpenInferenceService:
         return await ask(self._repository, request.model_name, request.model_version, question)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
-        """What a model has done since it was loaded; of every one when none is named."""
+        """What versions have done since they were loaded: one, all of a model, or all of every model."""
         if request.name:
-            models = [self._repository.get(request.name, request.version)]
+            models = self._repository.versions(request.name, request.version)
         else:
             models = [status.served for status in self._repository.statuses() if status.served]
-        return pb.ModelStatisticsResponse(model_stats=[_statistics(served) for served in models])
+        counted = await self._control.statistics()
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                _statistics(served, counted.get((served.name, served.version), served.statistics)) for served in models
+            ]
+        )
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
-        """Every model in the repository, or only those that are ready."""
+        """Every version that is known and every other model in the repository, or only the versions that are ready."""
         _check_repository(request.repository_name)
-        index = [status for status in self._repository.index() if status.state is State.READY or not request.ready]
+        known = await asyncio.to_thread(self._repository.index)
+        index = [status for status in known if status.state is State.READY or not request.ready]
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(
@@ -148,11 +161,11 @@ class OpenInferenceService:
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        """Load the newest version of a model."""
+        """Load the versions of a model that the policy selects."""
         self._check_control(request.repository_name, request.model_name)
         if request.parameters:
             raise Unimplemented(f"load parameters are not supported: {', '.join(sorted(request.parameters))}")
-        await asyncio.shield(self._control(self._repository.load, request.model_name))
+        await asyncio.shield(self._control.load(request.model_name))  # it ends, whether or not the caller waits
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
@@ -160,15 +173,8 @@ class OpenInferenceService:
     ) -> pb.RepositoryModelUnloadResponse:
         """Take a model out of service once the requests that wait for it are answered."""
         self._check_control(request.repository_name, request.model_name)
-        await asyncio.shield(self._control(self._repository.unload, request.model_name))
+        await asyncio.shield(self._control.unload(request.model_name))
         return pb.RepositoryModelUnloadResponse()
-
-    async def _control(self, change: Callable[[str], None], model_name: str) -> None:
-        """Load or unload, and have it reported, whatever came of it and whether or not the caller still waits."""
-        try:
-            await asyncio.to_thread(change, model_name)
-        finally:
-            await self._changed()
 
     def _check_control(self, repository_name: str, model_name: str) -> None:
         _check_repository(repository_name)
@@ -268,7 +274,17 @@ def _labels(served: ServedModel) -> dict[str, tuple[str, ...]]:
     return {spec.name: labels for spec in served.backend.outputs if spec.shape[1:] == (len(labels),)}
 
 
-def _config(served: ServedModel) -> pb.ModelConfig:
+def _version_policy(policy: VersionPolicy) -> pb.ModelVersionPolicy:
+    match policy.kind:
+        case "latest":
+            return pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=policy.numbers[0]))
+        case "specific":
+            return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=policy.numbers))
+        case "all":
+            return pb.ModelVersionPolicy(all=pb.ModelVersionPolicy.All())
+
+
+def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfig:
     platform, backend = _PLATFORMS[served.backend.name]
     labels = _labels(served)
     skipped = 1 if served.max_batch_size else 0  # the batch axis is not among a configuration's dims
@@ -278,7 +294,7 @@ def _config(served: ServedModel) -> pb.ModelConfig:
         platform=platform,
         backend=backend,
         max_batch_size=served.max_batch_size,
-        version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
+        version_policy=policy,
         input=[
             pb.ModelInput(
                 name=spec.name,
@@ -318,8 +334,8 @@ def _data_type(spec: TensorSpec) -> str:
     return f"TYPE_{'STRING' if spec.datatype == 'BYTES' else spec.datatype}"
 
 
-def _statistics(served: ServedModel) -> pb.ModelStatistics:
-    counted = served.statistics
+def _statistics(served: ServedModel, counted: Statistics) -> pb.ModelStatistics:
+    answered = counted.success.count
     return pb.ModelStatistics(
         name=served.name,
         version=served.version,
@@ -327,12 +343,12 @@ def _statistics(served: ServedModel) -> pb.ModelStatistics:
         inference_count=counted.inference_count,
         execution_count=counted.execution_count,
         inference_stats=pb.InferStatistics(
-            success=_duration(counted.success),
+            success=pb.StatisticDuration(count=answered, ns=counted.success.ns),
             fail=_duration(counted.fail),
-            queue=_duration(counted.queue),
-            compute_input=_duration(counted.compute_input),
-            compute_infer=_duration(counted.compute_infer),
-            compute_output=_duration(counted.compute_output),
+            queue=pb.StatisticDuration(count=answered, ns=counted.queue.ns),
+            compute_input=pb.StatisticDuration(count=answered, ns=counted.compute_input_ns),
+            compute_infer=pb.StatisticDuration(count=answered, ns=counted.compute_infer_ns),
+            compute_output=pb.StatisticDuration(count=answered, ns=counted.compute_output_ns),
         ),
         batch_stats=[
             pb.InferBatchStatistics(
@@ -341,7 +357,7 @@ def _statistics(served: ServedModel) -> pb.ModelStatistics:
                 compute_infer=_duration(batch.compute_infer),
                 compute_output=_duration(batch.compute_output),
             )
-            for rows, batch in sorted(counted.batches.copy().items())
+            for rows, batch in sorted(counted.batches.items())
         ],
     )
 

@@ -9,6 +9,7 @@ tensor is answered from it: nothing about it goes unchecked, since every byte th
 from __future__ import annotations
 
 import time
+import weakref
 from asyncio import Future
 from collections.abc import Generator
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protos import open_inference as pb
-from serving import errors
+from serving import errors, logs
 from serving.errors import RequestError
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed, Request
+from serving.statistics import Rpcs, Statistics
 from serving.tensors import DATATYPES
 from serving.wire import Requested
 
@@ -38,7 +40,7 @@ class Prepared(NamedTuple):
 
     model_name: str
     model_version: str  # as the request has it, which may be empty
-    served: ServedModel
+    served: weakref.ref[ServedModel]  # a model that is replaced goes, and what is prepared for it is of no use
     middle: bytes  # of the request, between the id and the tensor's bytes
     input_name: str
     dtype: np.dtype[np.generic]
@@ -73,8 +75,8 @@ class PreparedRequests:
         if prepared is None or not data.startswith(prepared.middle, end):
             return None
         identity = data[start:end]
-        served = prepared.served
-        if not identity.isascii() or self._repository.get(prepared.model_name, prepared.model_version) is not served:
+        served = self._repository.get(prepared.model_name, prepared.model_version)
+        if not identity.isascii() or served is not prepared.served():
             return None  # the id might not be UTF-8; another version may answer otherwise
         image = np.frombuffer(data, prepared.dtype, offset=end + len(prepared.middle)).reshape(prepared.shape)
         try:
@@ -84,7 +86,7 @@ class PreparedRequests:
         except RequestError:
             served.statistics.failed(start_ns)
             raise
-        return Running(data, prepared, identity, start_ns, future)
+        return Running(data, prepared, served.statistics, identity, start_ns, future)
 
     def learn(
         self,
@@ -131,7 +133,7 @@ class PreparedRequests:
         self._prepared[data[:start], len(data) - end] = Prepared(
             model_name=request.model_name,
             model_version=request.model_version,
-            served=served,
+            served=weakref.ref(served),
             middle=data[end : len(data) - len(raw)],
             input_name=tensor.name,
             dtype=DATATYPES[tensor.datatype],
@@ -145,39 +147,46 @@ class PreparedRequests:
 class Running:
     """A request that was put to its model; awaited, it gives the bytes of the answer's message."""
 
-    __slots__ = ("_data", "_future", "_id", "_prepared", "_start_ns", "_stream")
+    __slots__ = ("_data", "_future", "_id", "_prepared", "_start_ns", "_statistics", "_stream")
 
     def __init__(
-        self, data: bytes, prepared: Prepared, identity: bytes, start_ns: int, future: Future[Request]
+        self,
+        data: bytes,
+        prepared: Prepared,
+        statistics: Statistics,
+        identity: bytes,
+        start_ns: int,
+        future: Future[Request],
     ) -> None:
         self._data = data
+        self._statistics = statistics
         self._prepared = prepared
         self._id = identity  # the field, with its key
         self._start_ns = start_ns
         self._future = future
-        self._stream = False
+        self._stream: Rpcs | None = None
 
-    def in_stream(self) -> Running:
-        """Have it give a stream's message, in which an error is an answer too."""
-        self._stream = True
+    def in_stream(self, rpcs: Rpcs) -> Running:
+        """Have it give a stream's message, in which an error is an answer too, counted in `rpcs`."""
+        self._stream = rpcs
         return self
 
     def cancel(self) -> None:
-        """Withdraw the request."""
+        """Withdraw the request, which nobody has awaited yet."""
         self._future.cancel()
+        self._statistics.failed(self._start_ns)
 
     def __await__(self) -> Generator[Any, None, bytes]:
-        statistics = self._prepared.served.statistics
         try:
             answer = yield from self._future
             message = self._encode(answer)
         except BaseException as error:
-            statistics.failed(self._start_ns)
-            if not (self._stream and isinstance(error, Exception)):
+            self._statistics.failed(self._start_ns)
+            if self._stream is None or not isinstance(error, Exception):
                 raise
-            return stream_error(pb.ModelInferRequest.FromString(self._data), error).SerializeToString()
-        statistics.succeeded(self._start_ns, answer.stages)
-        return _INFER_RESPONSE + _varint(len(message)) + message if self._stream else message
+            return stream_error(pb.ModelInferRequest.FromString(self._data), error, self._stream).SerializeToString()
+        self._statistics.succeeded(self._start_ns, answer.stages)
+        return _INFER_RESPONSE + _varint(len(message)) + message if self._stream is not None else message
 
     def _encode(self, answer: Request) -> bytes:
         parts = [self._prepared.head, self._id, self._prepared.tail]
@@ -190,9 +199,11 @@ class Running:
         return b"".join(parts)
 
 
-def stream_error(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
-    """What a stream answers to a request that failed."""
-    _, details = errors.to_status(error)
+def stream_error(request: pb.ModelInferRequest, error: Exception, rpcs: Rpcs) -> pb.ModelStreamInferResponse:
+    """What a stream answers to a request that failed, which is counted."""
+    method = f"{pb.SERVICE}/ModelStreamInfer"
+    code, details = errors.to_status(error, lambda: logs.about(method, "", (), request.id))
+    rpcs.stream_errors[method, code.name] += 1
     whose = pb.ModelInferResponse(id=request.id, model_name=request.model_name, model_version=request.model_version)
     return pb.ModelStreamInferResponse(error_message=details, infer_response=whose)
 
