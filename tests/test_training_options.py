@@ -251,7 +251,7 @@ def test_compile_compiles_the_network(sample, monkeypatch):
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    config = options(**PLAIN, channels=(), hidden=(8,), shuffle=False)
+    config = options(**PLAIN, channels=(), hidden=(8,), pool=2, shuffle=False)
     counters.clear()
     plain, _ = trained(sample, config)
     assert counters["stats"]["unique_graphs"] == 0

@@ -29,13 +29,14 @@ def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def shift(images: torch.Tensor, most: int, generator: torch.Generator) -> torch.Tensor:
     """Each image of [N, C, H, W] moved by -most to most pixels each way; what comes in is 0."""
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images, (most, most, most, most))
-    down, right = torch.randint(0, 2 * most + 1, (2, count, 1), device=images.device, generator=generator)
-    rows = down + torch.arange(height, device=images.device)  # [N, H]
-    columns = right + torch.arange(width, device=images.device)  # [N, W]
-    each = torch.arange(count, device=images.device)
-    return padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+    down, right = torch.randint(0, 2 * most + 1, (2, count, 1, 1), device=images.device, generator=generator)
+    rows = torch.arange(height, device=images.device)[:, None]
+    columns = torch.arange(width, device=images.device)
+    wide = width + 2 * most
+    places = (rows * wide + columns + (down * wide + right)).reshape(count, 1, -1)  # [N, 1, H * W], within a channel
+    return padded.flatten(2).gather(2, places.expand(-1, channels, -1)).reshape(images.shape)
 
 
 def erase(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:

@@ -17,23 +17,24 @@ class Average:
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
+        """Begin with the weights of `network`, whose later changes `update` follows."""
         self.network = copy.deepcopy(network).requires_grad_(False)
         self._decay = decay
         self._updates = 0
+        # The tensors that both networks stay made of: collecting them for each update takes longer than the update.
+        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values(), strict=True))
+        self._numbers = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Take one step towards the weights of `network`, on its device."""
+    def update(self) -> None:
+        """Take one step towards the weights as they are now."""
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
-        averages, currents = [], []
-        for average, current in zip(self.network.state_dict().values(), network.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                averages.append(average)
-                currents.append(current)
-            else:
-                average.copy_(current)  # a count
+        averages, currents = zip(*self._numbers, strict=True)
         torch._foreach_lerp_(averages, currents, 1 - decay)
+        for average, current in self._counts:
+            average.copy_(current)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on."""

@@ -233,7 +233,8 @@ class TrainConfig(NetworkConfig):
     device: TrainDevice = Field("auto", description="auto, cpu, mps, cuda or cuda:N; only auto falls back")
     stream: bool = Field(False, description="keep the images in main memory and move them to the device by batches")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of activations and gradients in training; weights and validation are fp32"
+        "fp32",
+        description="of activations in training; weights and validation are fp32; fp16 is for GPUs, and slow on a CPU",
     )
     channels_last: bool = Field(True, description="lay activations out by pixels, not by channels: faster on a CPU")
     compile: bool = Field(False, description="have torch compile the network: slow to start, then faster")

@@ -238,7 +238,7 @@ class Training:
         self._scaler.step(self._optimiser)
         self._scaler.update()
         if self._average:
-            self._average.update(self._network)
+            self._average.update()
         totals += torch.stack([summed.detach(), (logits.detach().argmax(1) == labels).sum()])
 
     def _batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
