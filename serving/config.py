@@ -106,6 +106,11 @@ class ServerConfig(BaseModel):
     log_requests: Literal["none", "refused", "all"] = Field(
         "refused", description="which requests are logged; of those refused, the first of each second"
     )
+    trace_endpoint: str | None = Field(
+        None,
+        pattern="^https?://.+",
+        description="collector for OpenTelemetry traces by OTLP over gRPC, as http://localhost:4317; none if not given",
+    )
     drain_delay_s: float = Field(
         0.0,
         ge=0,

@@ -33,6 +33,7 @@ from serving.statistics import Rpcs
 
 if TYPE_CHECKING:
     from serving.metrics import Endpoint
+    from serving.tracing import Tracing
 
 if sys.platform == "win32":
     from asyncio import new_event_loop
@@ -72,8 +73,9 @@ class Server:
         self._gate = Gate()
         self._tls = tls(config)
         self._guard = TokenGuard(config.token_file) if config.token_file else None
+        self._tracing = _tracing(config)
         self._server = grpc.aio.server(
-            interceptors=[self._guard] if self._guard else None,
+            interceptors=[interceptor for interceptor in (self._guard, self._tracing) if interceptor],
             options=transport.options(config, shared_port=member is not None),
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
@@ -223,6 +225,20 @@ class Server:
         await asyncio.to_thread(self.repository.close)
         if self._metrics:
             await asyncio.to_thread(self._metrics.close)
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
+
+
+def _tracing(config: ServerConfig) -> Tracing | None:
+    if config.trace_endpoint is None:
+        return None
+    try:
+        from serving.tracing import Tracing  # only where it is asked for: it may not be installed
+    except ImportError as error:
+        raise StartupError(
+            f"--trace-endpoint needs OpenTelemetry: pip install 'parityserve[tracing]' ({error})"
+        ) from error
+    return Tracing(config.trace_endpoint)
 
 
 def _reflected() -> DescriptorPool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -28,6 +29,11 @@ class Stages:
     taken_ns: int  # out of the queue
     assembled_ns: int  # into a batch
     computed_ns: int
+
+
+# Who wants to know, beside the counts, of each request that succeeds in the call that is being answered: when it began
+# to be decoded, its stages, and when it was encoded.
+observer: ContextVar[Callable[[int, Stages, int], None] | None] = ContextVar("observer", default=None)
 
 
 @dataclass(slots=True)
@@ -133,6 +139,8 @@ class Statistics:
         self.compute_input_ns += stages.queued_ns - start_ns + stages.assembled_ns - stages.taken_ns
         self.compute_infer_ns += stages.computed_ns - stages.assembled_ns
         self.compute_output_ns += end_ns - stages.computed_ns
+        if (observe := observer.get()) is not None:
+            observe(start_ns, stages, end_ns)
 
     def failed(self, start_ns: int) -> None:
         """Count a request that began to be decoded at `start_ns` and was refused."""

@@ -27,6 +27,7 @@ ALLOWED = {
 OWNERS = {
     "onnxruntime": {"serving/backends/onnx.py"},
     "torch": {"serving/backends/torchscript.py"},
+    "opentelemetry": {"serving/tracing.py"},
     "prometheus_client": {"serving/metrics.py"},
 }
 
