@@ -55,6 +55,9 @@ train: setup  ## train and export one version (DATASET=mnist)
 	$(PYTHON) -m trainer train --dataset $(DATASET) --checkpoint $(CHECKPOINT)
 	$(PYTHON) -m trainer export --checkpoint $(CHECKPOINT)
 
+docs: setup  ## the table of options in docs/training.md
+	$(PYTHON) -m trainer.reference docs/training.md
+
 serve: setup  ## serve exported/ (PORT=8001)
 	$(PYTHON) -m serving serve --port $(PORT)
 

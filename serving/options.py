@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], names: 
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
-            arguments["choices"] = get_args(kind)
+            arguments |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         elif _repeated(kind):
             arguments |= {"action": "append", "metavar": name.rstrip("s").upper()}
         elif get_origin(kind) in (types.UnionType, Union):  # of a word and a number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -25,6 +25,11 @@ PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
 # Enough for 98.9 % on MNIST and 91 % on Fashion-MNIST.
 DEFAULT_EPOCHS = {"mnist": 3, "fashion-mnist": 5}
 DEFAULT_RATES = {"sgd": 0.1, "rmsprop": 1e-3, "adam": 4e-3, "adamw": 4e-3}
+
+
+def _told(defaults: Mapping[str, object]) -> str:
+    return ", ".join(f"{value} for {name}" for name, value in defaults.items())
+
 
 # Options that say something only beside certain choices of another; elsewhere they must be left at their default.
 _BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -141,7 +146,7 @@ class TrainConfig(NetworkConfig):
         default_factory=_by("dataset", DEFAULT_EPOCHS),
         ge=1,
         le=100_000,
-        description=f"passes over the training set (default: {DEFAULT_EPOCHS})",
+        description=f"passes over the training set (default: {_told(DEFAULT_EPOCHS)})",
     )
     batch_size: int = Field(
         128, ge=1, le=60_000, description="images in one step: 1 for stochastic, 60000 for the full set"
@@ -153,7 +158,7 @@ class TrainConfig(NetworkConfig):
         default_factory=_by("optimiser", DEFAULT_RATES),
         gt=0,
         le=100,
-        description=f"the schedule's largest (default: {DEFAULT_RATES})",
+        description=f"the schedule's largest (default: {_told(DEFAULT_RATES)})",
     )
     momentum: float = Field(
         default_factory=_by("optimiser", {"": 0.0, "sgd": 0.9}),
@@ -221,7 +226,7 @@ class TrainConfig(NetworkConfig):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of activations and gradients in training; weights and validation are fp32"
     )
-    channels_last: bool = Field(True, description="lay images out by pixels, not by channels: faster on most devices")
+    channels_last: bool = Field(True, description="lay activations out by pixels, not by channels: faster on a CPU")
     compile: bool = Field(False, description="have torch compile the network: slow to start, then faster")
     deterministic: bool = Field(True, description="the same bits every time; without, a GPU may be faster")
 

@@ -84,7 +84,7 @@ def run(
     network = build(config, config.seed, init=config.init, **pixel_statistics(config, dataset)).to(device)
     training = Training(
         network,
-        fitting if config.stream else fitting.to(device),
+        place(fitting, device, config.stream),
         validation and validation.to(device),
         config,
         watcher.on_step,
@@ -121,6 +121,11 @@ def divide(train: Split, config: TrainConfig) -> tuple[Split, Split | None]:
     if config.train_images:
         train = train.take(torch.arange(config.train_images))
     return train, validation
+
+
+def place(split: Split, device: torch.device, stream: bool) -> Split:
+    """The images to train on where they wait for their turn: on the device, or in main memory."""
+    return split if stream else split.to(device)
 
 
 def pixel_statistics(config: TrainConfig, dataset: Dataset) -> dict[str, float]:

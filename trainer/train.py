@@ -91,6 +91,9 @@ class Training:
             config: how; its device and dataset are not looked at.
             on_step: called after every step with its number of images, those of all processes.
             processes: that train together; the global batch is `config.batch_size` however many there are.
+
+        Raises:
+            ValueError: batch normalisation would be given a batch of one image.
         """
         self._network, self._train, self._validation, self._config = network, train, validation, config
         self._on_step, self._processes = on_step, processes
@@ -101,6 +104,8 @@ class Training:
         # The order is drawn on the CPU, and by every process alike: the same on every device, for any number of them.
         self._order = torch.Generator().manual_seed(config.seed)
         self._changes = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
+        if config.batch_norm:
+            _check_batches(len(train), config.batch_size, processes.count)
         model = processes.wrap(network)
         self._model = cast(nn.Module, torch.compile(model)) if config.compile else model
         self._average = Average(network, config.ema) if config.ema else None
@@ -259,6 +264,16 @@ class Training:
             self.best_epoch = metrics.epoch
             if self._config.keep == "best":
                 self._best_weights = self.current()
+
+
+def _check_batches(images: int, batch_size: int, processes: int) -> None:
+    last = images % batch_size or batch_size
+    if min(last, images) // processes < 2:
+        shared = f", shared by {processes} processes" if processes > 1 else ""
+        raise ValueError(
+            f"--batch-norm needs 2 images at least, and the last of {images} images are a batch of {last}{shared}; "
+            "choose another --batch-size"
+        )
 
 
 def _merit(metrics: EpochMetrics) -> tuple[float, float]:
