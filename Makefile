@@ -48,14 +48,12 @@ protos: setup  ## the Python code, types and descriptors of protos/*.proto
 	$(PYTHON) -m grpc_tools.protoc -I. --pyi_out=. --include_imports \
 		--descriptor_set_out=protos/open_inference.binpb protos/open_inference.proto
 
-docs: setup  ## the table of settings in docs/operations.md
-	$(PYTHON) -c 'from pathlib import Path; from serving import sources; sources.write_table(Path("docs/operations.md"))'
-
 train: setup  ## train and export one version (DATASET=mnist)
 	$(PYTHON) -m trainer train --dataset $(DATASET) --checkpoint $(CHECKPOINT)
 	$(PYTHON) -m trainer export --checkpoint $(CHECKPOINT)
 
-docs: setup  ## the table of options in docs/training.md
+docs: setup  ## the tables of settings and options in docs/operations.md and docs/training.md
+	$(PYTHON) -c 'from pathlib import Path; from serving import sources; sources.write_table(Path("docs/operations.md"))'
 	$(PYTHON) -m trainer.reference docs/training.md
 
 serve: setup  ## serve exported/ (PORT=8001)
