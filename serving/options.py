@@ -1,10 +1,13 @@
-"""Command-line options made from the fields of a pydantic model, so that defaults, bounds and help stand once."""
+"""Command-line options and keys of files made from the fields of a pydantic model: defaults and help stand once."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -93,3 +96,35 @@ def build(model: type[Model], values: Mapping[str, Any], names: Mapping[str, str
             else:  # of the fields together: the text names them
                 lines.append(problem["msg"].removeprefix("Value error, "))
         raise ValueError("; ".join(lines)) from error
+
+
+def read_toml(model: type[BaseModel], file: Path) -> dict[str, Any]:
+    """The values in a TOML file with one key a field of `model`.
+
+    Raises:
+        ValueError: it is not TOML, or has an unknown key; the text names the nearest known ones.
+        OSError: it cannot be read.
+    """
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not TOML: {error}") from error
+    check_keys(model, values, file)
+    return values
+
+
+def check_keys(model: type[BaseModel], values: Mapping[str, Any], file: Path) -> None:
+    """Refuse a file's keys that are no field of `model`.
+
+    Raises:
+        ValueError: there are some; the text names the nearest known ones.
+    """
+    unknown = [f"{name}{near(name, model.model_fields)}" for name in values if name not in model.model_fields]
+    if unknown:
+        raise ValueError(f"{file}: no such setting: {', '.join(unknown)}; --help lists them all, with dashes for _")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The known names that `name` may have been meant as, in brackets."""
+    found = difflib.get_close_matches(name.replace("-", "_"), known, n=2)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""

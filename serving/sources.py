@@ -6,17 +6,14 @@ whoever starts the server may not choose its environment.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-import tomllib
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_origin
 
 from serving.config import ServerConfig
-from serving.options import build, flag, kind_of
+from serving.options import build, flag, kind_of, near, read_toml
 
 PREFIX = "PARITYSERVE_"
 CONFIG_VARIABLE = "PARITYSERVE_CONFIG"
@@ -27,9 +24,6 @@ _OTHERS = {CONFIG_VARIABLE, TOKEN_VARIABLE, "PARITYSERVE_DATA_DIR"}  # the last 
 # https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables
 _SERVICE_LINK = re.compile(r"PARITYSERVE_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_.*)")
 _SERVICE_LINK_PORT = re.compile(r"(tcp|udp|sctp)://.*")
-
-_TABLE_BEGINS = "<!-- Made by `make docs` from serving/config.py. -->"
-_TABLE_ENDS = "<!-- The end of what is made. -->"
 
 
 def load(
@@ -55,7 +49,7 @@ def load(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     names: dict[str, str] = {}
-    from_file = _read(file) if file else {}
+    from_file = read_toml(ServerConfig, file) if file else {}
     for name in ServerConfig.model_fields:
         names[name] = name
         variable = PREFIX + name.upper()
@@ -77,7 +71,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """A warning for every `PARITYSERVE_*` variable that nothing here reads."""
     known = {PREFIX + name.upper() for name in ServerConfig.model_fields} | _OTHERS
     return [
-        f"{name} is not read: there is no such setting{_near(name, known)}"
+        f"{name} is not read: there is no such setting{near(name, known)}"
         for name in sorted(environment)
         if name.startswith(PREFIX) and name not in known and not _SERVICE_LINK.fullmatch(name)
     ]
@@ -93,70 +87,9 @@ def show(config: ServerConfig, sources: Mapping[str, str]) -> str:
     return "\n".join(f"{setting:<{width}}  # {source}" for setting, source in lines)
 
 
-def write_table(page: Path) -> None:
-    """Write the table of every setting into a Markdown page, between its two markers."""
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(_TABLE_BEGINS)
-    _, _, after = rest.partition(_TABLE_ENDS)
-    page.write_text(f"{before}{_TABLE_BEGINS}\n\n{_table()}\n\n{_TABLE_ENDS}{after}", encoding="utf-8")
-
-
-def _table() -> str:
-    lines = ["| key | flag | accepted | default | what |", "|---|---|---|---|---|"]
-    for name, field in ServerConfig.model_fields.items():
-        default = "" if field.default in (None, ()) else f"`{_toml(_plain(field.default))}`"
-        cells = (
-            f"`{name}`",
-            f"`{flag(ServerConfig, name)}`",
-            _accepted(name),
-            default,
-            (field.description or "").replace("<", "&lt;"),
-        )
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _accepted(name: str) -> str:
-    """What a setting may be, in words, from its type and bounds."""
-    kind = kind_of(ServerConfig, name)
-    if get_origin(kind) is Literal:
-        return " ".join(f"`{choice}`" for choice in get_args(kind))
-    if get_origin(kind) is tuple:
-        return "list of text"
-    if get_origin(kind) in (types.UnionType, Union):
-        return "`auto` or integer"
-    words = {bool: "boolean", int: "integer", float: "number", Path: "path"}.get(kind, "text")
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    for bound in ServerConfig.model_fields[name].metadata:
-        words += "".join(f" {sign} {getattr(bound, word)}" for word, sign in signs.items() if hasattr(bound, word))
-    return words
-
-
 def _variable(environment: Mapping[str, str], name: str) -> str:
     text = environment.get(PREFIX + name.upper(), "")
     return "" if name == "port" and _SERVICE_LINK_PORT.fullmatch(text) else text
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        keys = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not TOML: {error}") from error
-    unknown = [
-        f"{name}{_near(name, ServerConfig.model_fields)}" for name in keys if name not in ServerConfig.model_fields
-    ]
-    if unknown:
-        raise ValueError(f"{file}: no such setting: {', '.join(unknown)}; --help lists them all, with dashes for _")
-    return keys
-
-
-def _near(name: str, known: Mapping[str, Any] | set[str]) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=2)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _toml(value: Any) -> str:

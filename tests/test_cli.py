@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import MODEL
 from PIL import Image
 from test_images import photograph
@@ -216,6 +217,9 @@ def test_the_onnx_server_needs_no_torch(repository, sample, reference, tmp_path)
     [
         (["train", "--epochs", "0"], 2, "--epochs: Input should be greater than or equal to 1, got '0'"),
         (["train", "--dataset", "cifar"], 2, "invalid choice: 'cifar'"),
+        (["train", "--recipe", "slow"], 2, "invalid choice: 'slow'"),
+        (["train", "--config", "none.toml"], 2, "No such file or directory: 'none.toml'"),
+        (["train", "--recipe", "fast", "--flip"], 2, "--flip is for --dataset fashion-mnist, which is mnist here"),
         (["train", "--learning-rate", "fast"], 2, "--learning-rate: Input should be a valid number"),
         (["export", "--checkpoint", "none.pt"], 1, "none.pt is missing: python -m trainer train --checkpoint none.pt"),
         (["parity", "--bundle", "nowhere"], 1, "nowhere: neither a version nor a model with versions"),
@@ -268,6 +272,65 @@ def test_ctrl_c_stops_training_cleanly(data_dir, tmp_path):
     assert process.returncode == 130
     assert stderr == "stopped; nothing was written\n"
     assert not path.exists()
+
+
+@pytest.mark.data
+def test_a_killed_training_is_resumed_by_the_same_command(data_dir, tmp_path):
+    """Other options than the checkpoint's are refused by name; without any, the checkpoint's are taken."""
+    small = [
+        "--network",
+        "mlp",
+        "--train-images",
+        "2000",
+        "--validation-images",
+        "200",
+        "--epochs",
+        "40",
+        "--ema",
+        "0.9",
+    ]
+    train = ["trainer", "train", *small, "--device", "cpu"]
+    assert command(*train, "--checkpoint", tmp_path / "whole.pt").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", *train, "--checkpoint", str(tmp_path / "net.pt")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 3/40"):
+            break
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "net.pt").exists()
+    done = command("trainer", "train", "--resume", "--checkpoint", tmp_path / "net.pt", "--learning-rate", "0.5")
+    assert done.returncode == 1
+    assert "error: the checkpoint is of another training: --learning-rate is 0.5 here and 0.004 there" in done.stderr
+    done = command("trainer", "train", "--resume", "--checkpoint", tmp_path / "net.pt")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^resumed after epoch \d+$", done.stdout, re.MULTILINE)
+    resumed, whole = checkpoints.load(tmp_path / "net.pt"), checkpoints.load(tmp_path / "whole.pt")
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
+    done = command("trainer", "train", "--resume", "--checkpoint", tmp_path / "none.pt")
+    assert done.returncode == 1
+    assert re.search(r"error: nothing to resume: .*none\.last\.pt is missing; train without --resume", done.stderr)
+
+
+@pytest.mark.data
+def test_torchrun_trains_in_two_processes(data_dir, tmp_path):
+    small = ["--train-images", "2000", "--validation-images", "200", "--epochs", "2", "--device", "cpu"]
+    train = ["trainer", "train", "--network", "mlp", *small, "--checkpoint", tmp_path / "net.pt"]
+    done = command("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *train)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("network: mlp, 59,850 parameters, on cpu (asked for), in 2 processes") == 1
+    assert [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("epoch")] == [
+        "epoch 1/2",
+        "epoch 2/2",
+    ]
+    assert done.stdout.count("test accuracy: ") == 1
+    assert checkpoints.load(tmp_path / "net.pt").test_accuracy > 0.7
 
 
 @pytest.mark.data

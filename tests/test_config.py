@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from serving import option_table
 from serving.__main__ import main, parser
 from serving.config import ServerConfig
 from serving.options import flag, given
-from serving.sources import load, show, unknown_variables, write_table
+from serving.sources import load, show, unknown_variables
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "operations.md"
 def test_the_table_of_settings_is_current(tmp_path):
     made = tmp_path / "operations.md"
     shutil.copy(PAGE, made)
-    write_table(made)
+    option_table.write(made, ServerConfig)
     assert made.read_text() == PAGE.read_text(), "docs/operations.md is stale: make docs"
     for name in ServerConfig.model_fields:
         assert f"| `{name}` |" in made.read_text()

@@ -47,6 +47,10 @@ _BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "flip": ("dataset", ("fashion-mnist",)),  # a mirrored digit is another sign
 }
 
+# Options of layers that a network may not have.
+_OF_CONVOLUTIONS: tuple[str, ...] = ("convs", "kernel_size", "padding", "pool", "global_pool")
+_BETWEEN_LAYERS = ("activation", "batch_norm", "dropout")
+
 
 def _split(value: Any) -> Any:
     """`16,32` as a command line has it; `none` for no layer at all."""
@@ -126,8 +130,13 @@ class NetworkConfig(BaseModel):
                 f"convolutions with pooling by {self.pool} leave nothing of {HEIGHT} x {WIDTH} pixels; "
                 "want fewer blocks, --padding same or a smaller --pool"
             )
-        if self.global_pool and not self.channels:
-            raise ValueError("--global-pool averages over channels, and --channels none has none")
+        idle = () if self.channels else _OF_CONVOLUTIONS
+        if not self.channels and not self.hidden:
+            idle += _BETWEEN_LAYERS
+        for name in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                layers = "--channels" if name in _OF_CONVOLUTIONS else "--channels and --hidden"
+                raise ValueError(f"{flag(type(self), name)} has nothing to act on where {layers} are none")
         return self
 
 

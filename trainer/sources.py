@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from serving.options import build, flag
+from serving.options import build, check_keys, flag, read_toml
 from trainer.config import TrainConfig
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -56,21 +54,14 @@ def resolve(
 
 
 def _read(file: Path) -> dict[str, Any]:
+    if file.suffix != ".json":
+        return read_toml(TrainConfig, file)
     try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text).get("training") if file.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not {'JSON' if file.suffix == '.json' else 'TOML'}: {error}") from error
-    except AttributeError as error:
-        raise ValueError(f"{file}: not a version's manifest") from error
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    values = manifest.get("training") if isinstance(manifest, dict) else None
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: not a version's manifest: it has no training configuration")
-    unknown = [_near(name) for name in values if name not in TrainConfig.model_fields]
-    if unknown:
-        raise ValueError(f"{file}: no such option: {', '.join(unknown)}; --help lists them all, with dashes for _")
+        raise ValueError(f"{file}: not the manifest of an exported version: it has no training options")
+    check_keys(TrainConfig, values, file)
     return values
-
-
-def _near(name: str) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), TrainConfig.model_fields, n=2)
-    return f"{name} (did you mean {' or '.join(near)}?)" if near else name
