@@ -236,6 +236,8 @@ def test_export_and_parity(data_dir, checkpoint, tmp_path):
     done = command("trainer", "export", "--checkpoint", saved, "--repository", tmp_path / "exported", "--model", "m")
     assert done.returncode == 0, done.stderr
     assert "exported: " in done.stdout
+    drawn = {path.name for path in (tmp_path / "exported" / "m" / "plots" / "1").iterdir()}
+    assert {"curves.png", "confusion-matrix.png", "feature-maps-2.png"} <= drawn
     report = tmp_path / "report.json"
     words = ["trainer", "parity", "--bundle", tmp_path / "exported" / "m", "--device", "cpu", "--json", report]
     done = command(*words)
