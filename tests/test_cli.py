@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import MODEL
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_images import photograph
 from test_parity import change_weight
 
@@ -276,7 +277,7 @@ def test_ctrl_c_stops_training_cleanly(data_dir, tmp_path):
 def test_train_writes_a_checkpoint(data_dir, tmp_path):
     path = tmp_path / "net.pt"
     words = ["--epochs", "1", "--batch-size", "500", "--validation-images", "50000", "--checkpoint", path]
-    done = command("trainer", "train", *words)
+    done = command("trainer", "train", *words, "--tensorboard", tmp_path / "events")
     assert done.returncode == 0, done.stderr
     assert re.search(r"epoch 1/1: training loss \d.*images/s", done.stdout)
     saved = checkpoints.load(path)
@@ -284,3 +285,7 @@ def test_train_writes_a_checkpoint(data_dir, tmp_path):
     assert f"test accuracy: {saved.test_accuracy:.2%} of 10000 images" in done.stdout
     assert saved.test_accuracy > 0.8
     assert np.isfinite([row["train_loss"] for row in saved.history]).all()
+    (run,) = (tmp_path / "events").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    assert events.Scalars("loss/train")[0].value == pytest.approx(saved.history[0]["train_loss"])
+    assert {"confusion-matrix", "feature-maps-0"} <= set(events.Tags()["images"])

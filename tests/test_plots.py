@@ -461,7 +461,7 @@ def test_an_export_without_matplotlib_is_complete_and_says_what_it_lacks(bundle)
 def test_the_documents_commands_are_accepted_and_its_pictures_are_there():
     text = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python -m trainer (.+)$", text, re.MULTILINE)
-    assert len(commands) >= 2
+    assert len(commands) >= 3
     for words in commands:
         trainer.__main__.parser().parse_args(shlex.split(words))  # exits when they are not
     shown = re.findall(r"!\[.+\]\((.+)\)", text)

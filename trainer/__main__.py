@@ -69,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", action="store_true", help="go on after the last finished epoch of the training that was interrupted"
     )
+    train.add_argument(
+        "--tensorboard",
+        type=Path,
+        nargs="?",
+        const=Path("runs/tensorboard"),
+        metavar="PATH",
+        help="write event files into a new folder in PATH (runs/tensorboard when it is left out)",
+    )
     _add_data_dir(train)
     train.set_defaults(command=_train)
 
@@ -191,6 +199,8 @@ def _train(options: argparse.Namespace) -> int:
     config = sources.resolve(given_options, options.recipe, options.config)
     from trainer import data, processes, progress, runs
 
+    if options.tensorboard:
+        from trainer import events, pictures  # now, so that what is not installed is told before the training
     files = runs.Files(options.checkpoint or Path("runs") / f"{config.dataset}.pt")
     if options.resume:
         config = sources.resolve(given_options, options.recipe, options.config, runs.saved_options(files))
@@ -199,7 +209,12 @@ def _train(options: argparse.Namespace) -> int:
             _obtain(config.dataset, options.data_dir)
         together.wait()
         splits = data.load(data.DATASETS[config.dataset], options.data_dir or data.default_data_dir())
+        writer = None
+        if options.tensorboard and together.first:
+            writer = events.EventWriter(options.tensorboard, config.dataset)
         with progress.training(console, config, together) as watcher:
+            if writer:
+                watcher = writer.following(watcher)
             trained = runs.run(config, splits, files, resume=options.resume, watcher=watcher, processes=together)
     if together.first:
         console.print(
@@ -207,6 +222,11 @@ def _train(options: argparse.Namespace) -> int:
             style="bold",
         )
         console.print(f"checkpoint: {files.result}", soft_wrap=True)
+    if writer:
+        subject = pictures.of_checkpoint(trained, files.result)
+        writer.pictures(pictures.figures(subject, splits[1], EXAMPLES))
+        writer.close()
+        console.print(f"events: tensorboard --logdir {options.tensorboard}", soft_wrap=True)
     return 0
 
 
