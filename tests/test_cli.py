@@ -212,6 +212,32 @@ def test_the_onnx_server_needs_no_torch(repository, sample, reference, tmp_path)
 # --- the trainer
 
 
+def test_the_trainers_doctor_says_what_runs_and_what_auto_takes(tmp_path):
+    done = command("trainer", "doctor", "--data-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^CPU: .+ cores", done.stdout, re.MULTILINE)
+    assert re.search(r"^memory: [\d.]+ GiB", done.stdout, re.MULTILINE)
+    assert re.search(r"^torch: \d.* built .*CUDA.* threads$", done.stdout, re.MULTILINE)
+    assert re.search(r"^--device auto takes (cpu|mps|cuda:0): \S", done.stdout, re.MULTILINE)
+    assert "  cpu, float32: runs\n" in done.stdout
+    missing = f"fashion-mnist: no: {tmp_path}/fashion-mnist/train-images-idx3-ubyte is missing: python -m trainer data"
+    assert missing in done.stdout
+
+
+def test_the_doctor_without_torch_says_how_to_get_it(tmp_path):
+    script = tmp_path / "no_torch.py"
+    script.write_text(NO_TORCH.replace("serving.__main__", "trainer.__main__"))
+    done = subprocess.run(
+        [sys.executable, script, "doctor"],
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert "torch is not installed: pip install 'parityserve[train]'" in done.stdout
+    assert "CPU: " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "code", "problem"),
     [

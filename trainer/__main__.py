@@ -134,6 +134,9 @@ def parser() -> argparse.ArgumentParser:
     _add_data_dir(plots)
     plots.set_defaults(command=_plots)
 
+    doctor = commands.add_parser("doctor", help="what this machine can train with, and why not with the rest")
+    _add_data_dir(doctor)
+    doctor.set_defaults(command=_doctor)
     return top
 
 
@@ -315,6 +318,12 @@ def _plots(options: argparse.Namespace) -> int:
     if options.images and not any(name.startswith("feature-maps") for name in drawn):
         console.print("no feature maps: this network has no convolution")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from trainer.doctor import doctor
+
+    return 0 if doctor(console, options.data_dir) else 1
 
 
 def _table(report: Report) -> Table:
