@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "parityserve needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON3=python3.11"; exit 1; }
 	$(PYTHON3) -m venv $(VENV)
-	$(PYTHON) -m pip install --constraint constraints.txt --editable '.[train,plots,bench,tracing,dev]'
+	$(PYTHON) -m pip install --constraint constraints.txt --editable '.[train,plots,tensorboard,bench,tracing,dev]'
 	@touch $@
 
 setup: $(VENV)/.installed  ## the environment, in .venv
@@ -48,13 +48,13 @@ protos: setup  ## the Python code, types and descriptors of protos/*.proto
 	$(PYTHON) -m grpc_tools.protoc -I. --pyi_out=. --include_imports \
 		--descriptor_set_out=protos/open_inference.binpb protos/open_inference.proto
 
-docs: setup  ## the tables of settings in docs/operations.md and of training's options in docs/training.md
-	$(PYTHON) -c 'from serving import config, option_table as table; table.write("docs/operations.md", config.ServerConfig)'
-	$(PYTHON) -c 'from serving import option_table as table; from trainer import config; table.write("docs/training.md", config.TrainConfig)'
-
 train: setup  ## train and export one version (DATASET=mnist)
 	$(PYTHON) -m trainer train --dataset $(DATASET) --checkpoint $(CHECKPOINT)
 	$(PYTHON) -m trainer export --checkpoint $(CHECKPOINT)
+
+docs: setup  ## the tables of settings in docs/operations.md and of training's options in docs/training.md
+	$(PYTHON) -c 'from serving import config, option_table as table; table.write("docs/operations.md", config.ServerConfig)'
+	$(PYTHON) -c 'from serving import option_table as table; from trainer import config; table.write("docs/training.md", config.TrainConfig)'
 
 serve: setup  ## serve exported/ (PORT=8001)
 	$(PYTHON) -m serving serve --port $(PORT)

@@ -276,7 +276,8 @@ class Driver:
         before = self._meters(lanes)
         await asyncio.sleep(self._end - perf_counter())
         record = self._record
-        record.sent_bytes, record.received_bytes, record.cpu_s, record.watched_cpu_s = self._meters(lanes) - before
+        moved = (self._meters(lanes) - before).tolist()
+        record.sent_bytes, record.received_bytes, record.cpu_s, record.watched_cpu_s = moved
         self.stopping = True
         for lane in lanes:
             lane.give_up()

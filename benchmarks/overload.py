@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         with started(server.command, server.port, UNARY, first) as running:
             load = Load(
                 running.target,
-                asyncio.run(learn(running.target, options.model, images=1)),
+                asyncio.run(learn(running.target, options.model, options.images)),
+                images=options.images,
                 in_flight=options.in_flight,
                 connections=options.connections,
                 seconds=options.peak_seconds,
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__.splitlines()[0])
     parser.add_argument("--repository", type=Path, default=Path("exported"), help="(default: exported)")
     parser.add_argument("--model", default="mnist", help="(default: mnist)")
+    parser.add_argument("--images", type=int, default=8, metavar="N", help="in a request (default: 8)")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="of overload (default: 60)")
     parser.add_argument("--peak-seconds", type=float, default=5.0, metavar="S", help="of each search (default: 5)")
     parser.add_argument("--warmup", type=float, default=2.0, metavar="S", help="before each (default: 2)")

@@ -6,6 +6,8 @@
     weights.pt      the network's parameters, from which eager PyTorch, the reference, is rebuilt
     golden.npz      arrays `image` uint8 [G,1,28,28] and `logits` float32 [G,10]: what eager PyTorch on the CPU answered
     labels.txt      one class name a line
+    history.json    losses and accuracies of every epoch of the training
+    README.md       the model card: what the version is and how good, for people
 
 A version appears under its number complete, by one rename, and is never rewritten.
 """
@@ -21,7 +23,7 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +39,8 @@ MANIFEST = "manifest.json"
 ONNX = "model.onnx"
 GOLDEN = "golden.npz"
 LABELS = "labels.txt"
+HISTORY = "history.json"
+CARD = "README.md"
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -263,11 +267,21 @@ def draft(repository: Path, model: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(folder: Path, manifest: Manifest) -> Bundle:
-    """Give a finished draft its manifest and its number: the next free one, whatever `manifest.version` says."""
+def publish(folder: Path, manifest: Manifest, card: Callable[[Manifest], str] | None = None) -> Bundle:
+    """Give a finished draft its number, the next free one whatever `manifest.version` says, its card and its manifest.
+
+    Args:
+        folder: what `draft` gave, with every other file in it.
+        manifest: with their entries.
+        card: the text of the model card, of the manifest with the number.
+    """
+    files = manifest.files
     while True:
         number = max(versions(folder.parent), default=0) + 1
         manifest = manifest.model_copy(update={"version": number})
+        if card:
+            (folder / CARD).write_text(card(manifest), encoding="utf-8", newline="\n")
+            manifest = manifest.model_copy(update={"files": {**files, CARD: entry(folder / CARD)}})
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
         (folder / MANIFEST).write_text(document, encoding="utf-8")
         final = folder.parent / str(number)

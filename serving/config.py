@@ -70,6 +70,9 @@ class ServerConfig(BaseModel):
         1, ge=1, le=256, description="threads that the model may use for one run on the CPU, in each worker"
     )
     max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
+    preferred_batch_size: int = Field(
+        64, ge=1, le=65536, description="images that requests are gathered to; a request of more runs by itself"
+    )
     max_queue: int = Field(1024, ge=1, description="most requests that wait or run for one model")
     max_queue_bytes: int = Field(256 << 20, ge=1, description="most bytes of the inputs that wait or run for one model")
     max_queue_delay_us: int = Field(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from serving import hardware
 from serving.backends import cuda
 from serving.errors import DeviceError
 
@@ -18,11 +20,8 @@ PACKAGES = ("numpy", "onnxruntime-gpu", "onnxruntime", "torch", "grpcio", "proto
 
 def doctor(console: Console) -> bool:
     """Print the report; returns whether anything here can run a model."""
-    versions = Table("package", "version", title="versions")
-    versions.add_row("python", f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}")
-    for name in PACKAGES:
-        versions.add_row(name, _version(name) or "not installed")
-    console.print(versions)
+    print_versions(console, PACKAGES)
+    print_machine(console)
     devices = cuda.device_names()
     console.print(f"CUDA devices: {', '.join(devices) if devices else cuda.device_problem(0)}")
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
@@ -33,6 +32,22 @@ def doctor(console: Console) -> bool:
         verdict = f"[red]no:[/red] {escape(problem)}" if problem else "[green]runs[/green]"
         console.print(f"  {backend}, {provider}: {verdict}")
     return any(problem is None for problem in problems.values())
+
+
+def print_versions(console: Console, packages: Sequence[str]) -> None:
+    """Print a table of Python's and the packages' versions."""
+    versions = Table("package", "version", title="versions")
+    versions.add_row("python", f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}")
+    for name in packages:
+        versions.add_row(name, _version(name) or "not installed")
+    console.print(versions)
+
+
+def print_machine(console: Console) -> None:
+    """Print the processor and the memory."""
+    console.print(f"CPU: {escape(hardware.cpu().text())}", soft_wrap=True)
+    memory = hardware.memory()
+    console.print(f"memory: {memory.text() if memory else 'not known on this system'}", soft_wrap=True)
 
 
 def _version(package: str) -> str | None:

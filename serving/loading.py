@@ -83,7 +83,11 @@ def _open(config: ServerConfig, name: str, version: str) -> ServedModel:
     buckets = warm(backend, max_batch_size)
     statistics = Statistics()
     limits = Limits(
-        max_batch_size, config.max_queue, config.max_queue_bytes, config.max_queue_delay_us, buckets=buckets
+        min(max_batch_size, config.preferred_batch_size),
+        config.max_queue,
+        config.max_queue_bytes,
+        config.max_queue_delay_us,
+        buckets=buckets,
     )
     scheduler = Scheduler(name, backend.run, statistics, limits, config.instances)
     return ServedModel(name, version, backend, scheduler, statistics, max_batch_size, manifest, golden, buckets)

@@ -40,7 +40,7 @@ class Closed(Unavailable):
 class Limits:
     """What a scheduler may hold, and how long it may wait."""
 
-    max_batch_size: int  # rows in one run; 0 for a model whose first axis is no batch axis: one request a run
+    batch_rows: int  # that requests are gathered to; one that has more runs by itself; 0: every request runs by itself
     max_queue: int = 1024  # requests that may wait or run
     max_queue_bytes: int = 1 << 30  # of their inputs
     max_delay_us: int = 0  # a batch that is not full may wait so long for more
@@ -180,7 +180,7 @@ class Queue:
 
     def wait_ns(self) -> int:
         """How long the next batch should wait for more requests; 0 when it should run now."""
-        if not self._limits.max_delay_us or self._rows >= self._limits.max_batch_size or not self._waiting:
+        if not self._limits.max_delay_us or self._rows >= self._limits.batch_rows or not self._waiting:
             return 0
         return max(0, self._waiting[0].queued_ns + 1000 * self._limits.max_delay_us - self._clock())
 
@@ -194,7 +194,7 @@ class Queue:
         now = self._clock()
         while self._waiting:
             request = self._waiting[0]
-            if taken and (rows + request.rows > self._limits.max_batch_size or not request.fits(taken[0])):
+            if taken and (rows + request.rows > self._limits.batch_rows or not request.fits(taken[0])):
                 break
             self._waiting.popleft()
             if not self._dropped(request, now):
@@ -261,7 +261,8 @@ class Scheduler:
         self._name = name
         self._run = run
         self._statistics = statistics
-        self._limits = limits
+        self.limits = limits
+        self.instances = instances
         self._clock = clock
         self.queue = Queue(name, limits, statistics, clock)
         self._free = instances  # threads that have nothing to do
@@ -300,7 +301,7 @@ class Scheduler:
         if self._loop is None:
             self._begin()
             assert self._loop is not None
-        rows = len(next(iter(inputs.values()))) if self._limits.max_batch_size else 1
+        rows = len(next(iter(inputs.values()))) if self.limits.batch_rows else 1
         request = Request(inputs, rows, deadline_ns, self._clock())
         self.queue.add(request)
         request.future = self._loop.create_future()
@@ -368,7 +369,7 @@ class Scheduler:
         """Run a batch; gives it with its outputs or error, or the batches of one request that it was run as."""
         requests = batch.requests
         try:
-            rows = _bucket(batch.rows, self._limits.buckets)
+            rows = _bucket(batch.rows, self.limits.buckets)
             inputs = _assemble(requests, rows - batch.rows)
             batch.assembled_ns = self._clock()
             outputs = self._run(inputs)

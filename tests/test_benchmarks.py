@@ -76,7 +76,8 @@ def test_a_refused_request_is_no_success(repository, stream, status):
     with running(repository, max_queue=1) as server:
         load = Load(server.address, exchanges(server.address), stream=stream, **BRIEF)
         result = run_load(load)
-    assert result.statuses[status] == result.failed > 0
+    assert result.failed >= result.statuses[status] > 0  # gRPC itself may refuse others
+    assert result.failed == sum(result.statuses.values()) - result.statuses.get("OK", 0)
     assert "the queue holds no more" in result.messages[status]
     assert result.requests_per_s == result.statuses.get("OK", 0) / load.seconds
     assert result.refused.mean > 0
@@ -121,10 +122,9 @@ def test_a_lost_connection_is_no_success(rate):
         served.append(asyncio.current_task())
         writer.write(frame(SETTINGS, 0, 0, INITIAL_WINDOW_SIZE.to_bytes(2, "big") + (1 << 20).to_bytes(4, "big")))
         received = b""
-        while b"a request" not in received:
-            if not (more := await reader.read(1 << 16)):
-                break
-            received += more
+        with contextlib.suppress(OSError):  # the client may be the first to hang up
+            while b"a request" not in received and (more := await reader.read(1 << 16)):
+                received += more
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()

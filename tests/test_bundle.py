@@ -9,7 +9,7 @@ from serving import bundle as bundles
 from serving.bundle import GOLDEN, MANIFEST, open_bundle
 from serving.errors import BundleError
 
-FILES = {"model.onnx", "model.pt", "weights.pt", "golden.npz", "labels.txt"}
+FILES = {"model.onnx", "model.pt", "weights.pt", "golden.npz", "labels.txt", "history.json", "README.md"}
 
 
 def test_a_bundle_is_complete_and_describes_itself(bundle, checkpoint):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import MODEL
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_images import photograph
 from test_parity import change_weight
 
@@ -212,6 +213,32 @@ def test_the_onnx_server_needs_no_torch(repository, sample, reference, tmp_path)
 # --- the trainer
 
 
+def test_the_trainers_doctor_says_what_runs_and_what_auto_takes(tmp_path):
+    done = command("trainer", "doctor", "--data-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^CPU: .+ cores", done.stdout, re.MULTILINE)
+    assert re.search(r"^memory: [\d.]+ GiB", done.stdout, re.MULTILINE)
+    assert re.search(r"^torch: \d.* built .*CUDA.* threads$", done.stdout, re.MULTILINE)
+    assert re.search(r"^--device auto takes (cpu|mps|cuda:0): \S", done.stdout, re.MULTILINE)
+    assert "  cpu, float32: runs\n" in done.stdout
+    missing = f"fashion-mnist: no: {tmp_path}/fashion-mnist/train-images-idx3-ubyte is missing: python -m trainer data"
+    assert missing in done.stdout
+
+
+def test_the_doctor_without_torch_says_how_to_get_it(tmp_path):
+    script = tmp_path / "no_torch.py"
+    script.write_text(NO_TORCH.replace("serving.__main__", "trainer.__main__"))
+    done = subprocess.run(
+        [sys.executable, script, "doctor"],
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert "torch is not installed: pip install 'parityserve[train]'" in done.stdout
+    assert "CPU: " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "code", "problem"),
     [
@@ -240,6 +267,8 @@ def test_export_and_parity(data_dir, checkpoint, tmp_path):
     done = command("trainer", "export", "--checkpoint", saved, "--repository", tmp_path / "exported", "--model", "m")
     assert done.returncode == 0, done.stderr
     assert "exported: " in done.stdout
+    drawn = {path.name for path in (tmp_path / "exported" / "m" / "plots" / "1").iterdir()}
+    assert {"curves.png", "confusion-matrix.png", "feature-maps-2.png"} <= drawn
     report = tmp_path / "report.json"
     words = ["trainer", "parity", "--bundle", tmp_path / "exported" / "m", "--device", "cpu", "--json", report]
     done = command(*words)
@@ -337,7 +366,7 @@ def test_torchrun_trains_in_two_processes(data_dir, tmp_path):
 def test_train_writes_a_checkpoint(data_dir, tmp_path):
     path = tmp_path / "net.pt"
     words = ["--epochs", "1", "--batch-size", "500", "--validation-images", "50000", "--checkpoint", path]
-    done = command("trainer", "train", *words)
+    done = command("trainer", "train", *words, "--tensorboard", tmp_path / "events")
     assert done.returncode == 0, done.stderr
     assert re.search(r"epoch 1/1: training loss \d.*images/s", done.stdout)
     saved = checkpoints.load(path)
@@ -345,3 +374,7 @@ def test_train_writes_a_checkpoint(data_dir, tmp_path):
     assert f"test accuracy: {saved.test_accuracy:.2%} of 10000 images" in done.stdout
     assert saved.test_accuracy > 0.8
     assert np.isfinite([row["train_loss"] for row in saved.history]).all()
+    (run,) = (tmp_path / "events").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    assert events.Scalars("loss/train")[0].value == pytest.approx(saved.history[0]["train_loss"])
+    assert {"confusion-matrix", "feature-maps-0"} <= set(events.Tags()["images"])

@@ -69,6 +69,33 @@ def test_the_form_decides_the_layers():
     assert {layer.p for layer in network.modules() if isinstance(layer, torch.nn.Dropout)} == {0.5}
 
 
+@pytest.mark.parametrize(
+    ("form", "features"),
+    [
+        ({"channels": (6,)}, (6, 13, 13)),
+        ({"channels": (6, 7)}, (7, 5, 5)),
+        ({"channels": (6,), "convs": 3}, (6, 11, 11)),
+        ({"channels": (6,), "kernel_size": 7}, (6, 11, 11)),
+        ({"channels": (6,), "padding": "same"}, (6, 14, 14)),
+        ({"channels": (6,), "padding": "same", "kernel_size": 5, "convs": 2}, (6, 14, 14)),
+        ({"channels": (6,), "pool": 4}, (6, 6, 6)),
+        ({"channels": (6,), "pool": 1}, (6, 26, 26)),
+        ({"channels": (6,), "global_pool": True}, (6, 1, 1)),
+        ({"network": "mlp"}, (1, 28, 28)),
+    ],
+    ids=str,
+)
+def test_the_form_decides_the_shape_of_the_features(form, features):
+    network = Network(NetworkConfig(**form))
+    assert network.features(images(2).float()).shape[1:] == features
+
+
+def test_the_activation_is_the_one_asked_for():
+    names = ("relu", "leaky-relu", "elu", "gelu", "silu", "tanh")
+    kinds = [Network(NetworkConfig(channels=(2,), activation=name)).features[-1] for name in names]
+    assert [type(kind).__name__ for kind in kinds] == ["ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Tanh"]
+
+
 def test_dropout_never_drops_a_pixel():
     layers = Network(NetworkConfig(network="mlp", dropout=0.5)).classifier
     assert [type(layer).__name__ for layer in layers][:3] == ["Flatten", "Linear", "ReLU"]

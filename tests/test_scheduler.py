@@ -258,12 +258,12 @@ def waiting(queue, clock, *values, deadline_ns=float("inf")):
 
 def queue_with(clock, **limits):
     statistics = Statistics()
-    return Queue("m", Limits(**{"max_batch_size": 8, **limits}), statistics, clock), statistics
+    return Queue("m", Limits(**{"batch_rows": 8, **limits}), statistics, clock), statistics
 
 
 def test_a_batch_waits_for_more_as_long_as_it_may_and_never_when_full():
     clock = Clock()
-    queue, _ = queue_with(clock, max_batch_size=4, max_delay_us=100)
+    queue, _ = queue_with(clock, batch_rows=4, max_delay_us=100)
     assert queue.wait_ns() == 0  # there is nothing to run
     waiting(queue, clock, 1)
     clock.now = 30_000
@@ -337,7 +337,7 @@ def test_several_instances_run_at_once():
         return model.run(inputs)
 
     async def scenario():
-        scheduler = Scheduler("m", run, Statistics(), Limits(max_batch_size=1), instances=2)
+        scheduler = Scheduler("m", run, Statistics(), Limits(batch_rows=1), instances=2)
         tasks = [asyncio.create_task(scheduler.infer(rows(value))) for value in (1, 2, 3)]
         for _ in range(2):
             assert await asyncio.to_thread(running.acquire, timeout=10)
@@ -354,7 +354,7 @@ def test_batches_are_padded_to_warmed_sizes_and_the_padding_is_nobodys():
     answered = []
 
     async def scenario():
-        scheduler = Scheduler("m", model.run, Statistics(), Limits(max_batch_size=8, buckets=(2, 4)))
+        scheduler = Scheduler("m", model.run, Statistics(), Limits(batch_rows=8, buckets=(2, 4)))
         tasks = await enqueued(scheduler, model, [rows(1)], [rows(2, 3)], [rows(4)])
         model.released.set()
         answered.extend(answer.outputs["y"].ravel().tolist() for answer in await asyncio.gather(*tasks))
@@ -372,7 +372,7 @@ def test_a_batch_that_may_wait_runs_when_its_time_is_over():
     model = Model()
 
     async def scenario():
-        scheduler = Scheduler("m", model.run, Statistics(), Limits(max_batch_size=8, max_delay_us=20_000))
+        scheduler = Scheduler("m", model.run, Statistics(), Limits(batch_rows=8, max_delay_us=20_000))
         first = asyncio.create_task(scheduler.infer(rows(1)))
         await asyncio.sleep(0.002)
         second = asyncio.create_task(scheduler.infer(rows(2)))

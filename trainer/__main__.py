@@ -1,4 +1,4 @@
-"""`python -m trainer data | train | summary | export | parity`: arguments, logging, progress, exit codes.
+"""`python -m trainer COMMAND`: arguments, logging, progress, exit codes.
 
 Exit codes: 0 done; 1 it failed, or a parity row did; 2 the command is wrong; 130 stopped by Ctrl-C.
 """
@@ -23,9 +23,13 @@ from trainer import sources
 from trainer.config import DatasetName, NetworkConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from serving.bundle import Bundle
+    from trainer.data import Split
     from trainer.parity import Report
 
 console = Console()
+
+EXAMPLES = [0, 1, 2]  # test images whose feature maps are drawn unless told otherwise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", action="store_true", help="go on after the last finished epoch of the training that was interrupted"
     )
+    train.add_argument(
+        "--tensorboard",
+        type=Path,
+        nargs="?",
+        const=Path("runs/tensorboard"),
+        metavar="PATH",
+        help="write event files into a new folder in PATH (runs/tensorboard when it is left out)",
+    )
     _add_data_dir(train)
     train.set_defaults(command=_train)
 
@@ -101,7 +113,38 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_data_dir(parity)
     parity.set_defaults(command=_parity)
+
+    plots = commands.add_parser("plots", help="draw how a network was trained, where it errs and what its layers see")
+    subject = plots.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--bundle", type=Path, metavar="PATH", help="a version's folder, or a model's for its newest")
+    subject.add_argument("--checkpoint", type=Path, metavar="PATH", help="what train wrote")
+    plots.add_argument(
+        "--images",
+        type=_numbers,
+        default=EXAMPLES,
+        metavar="N,N,...",
+        help=f"the test images whose feature maps are drawn (default: {','.join(map(str, EXAMPLES))})",
+    )
+    plots.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="the folder to write (default: plots/<version> beside the bundle, <name>-plots beside a checkpoint)",
+    )
+    _add_data_dir(plots)
+    plots.set_defaults(command=_plots)
+
+    doctor = commands.add_parser("doctor", help="what this machine can train with, and why not with the rest")
+    _add_data_dir(doctor)
+    doctor.set_defaults(command=_doctor)
     return top
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want numbers with commas between, such as 0,7") from None
 
 
 def _add_data_dir(command: argparse.ArgumentParser) -> None:
@@ -159,6 +202,8 @@ def _train(options: argparse.Namespace) -> int:
     config = sources.resolve(given_options, options.recipe, options.config)
     from trainer import data, processes, progress, runs
 
+    if options.tensorboard:
+        from trainer import events, pictures  # now, so that what is not installed is told before the training
     files = runs.Files(options.checkpoint or Path("runs") / f"{config.dataset}.pt")
     if options.resume:
         config = sources.resolve(given_options, options.recipe, options.config, runs.saved_options(files))
@@ -167,7 +212,12 @@ def _train(options: argparse.Namespace) -> int:
             _obtain(config.dataset, options.data_dir)
         together.wait()
         splits = data.load(data.DATASETS[config.dataset], options.data_dir or data.default_data_dir())
+        writer = None
+        if options.tensorboard and together.first:
+            writer = events.EventWriter(options.tensorboard, config.dataset)
         with progress.training(console, config, together) as watcher:
+            if writer:
+                watcher = writer.following(watcher)
             trained = runs.run(config, splits, files, resume=options.resume, watcher=watcher, processes=together)
     if together.first:
         console.print(
@@ -175,6 +225,11 @@ def _train(options: argparse.Namespace) -> int:
             style="bold",
         )
         console.print(f"checkpoint: {files.result}", soft_wrap=True)
+    if writer:
+        subject = pictures.of_checkpoint(trained, files.result)
+        writer.pictures(pictures.figures(subject, splits[1], EXAMPLES))
+        writer.close()
+        console.print(f"events: tensorboard --logdir {options.tensorboard}", soft_wrap=True)
     return 0
 
 
@@ -199,7 +254,20 @@ def _export(options: argparse.Namespace) -> int:
         f"exported: {bundle.path}, proved against PyTorch on {report.images} images: largest |Δ logit| {worst:.1e}",
         soft_wrap=True,
     )
+    _draw_beside(bundle, test)
     return 0
+
+
+def _draw_beside(bundle: Bundle, test: Split) -> None:
+    """The pictures of a version that was just published; it is complete without them."""
+    try:
+        from trainer import pictures
+    except ParityserveError as error:
+        console.print(f"no pictures were drawn: {error}", soft_wrap=True)
+        return
+    subject = pictures.of_bundle(bundle)
+    pictures.write(subject.folder, pictures.figures(subject, test, EXAMPLES))
+    console.print(f"pictures: {subject.folder}", soft_wrap=True)
 
 
 def _parity(options: argparse.Namespace) -> int:
@@ -230,6 +298,32 @@ def _parity(options: argparse.Namespace) -> int:
         for failure in row.comparison.failures:
             console.print(f"FAILED {row.file}, batch {row.batch_size}: {failure}", style="red", soft_wrap=True)
     return 0 if report.passed else 1
+
+
+def _plots(options: argparse.Namespace) -> int:
+    from serving.bundle import newest, open_bundle
+    from trainer import checkpoint, data, pictures
+
+    if options.bundle:
+        subject = pictures.of_bundle(open_bundle(newest(options.bundle)))
+    else:
+        subject = pictures.of_checkpoint(checkpoint.load(options.checkpoint), options.checkpoint)
+    test = data.load_test(data.DATASETS[subject.dataset], _obtain(subject.dataset, options.data_dir))
+    paths = pictures.write(options.output or subject.folder, pictures.figures(subject, test, options.images))
+    for path in paths:
+        console.print(path, soft_wrap=True)
+    drawn = {path.stem for path in paths}
+    if "curves" not in drawn:
+        console.print("no curves: what this network was exported from had no history, or it was not kept then")
+    if options.images and not any(name.startswith("feature-maps") for name in drawn):
+        console.print("no feature maps: this network has no convolution")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from trainer.doctor import doctor
+
+    return 0 if doctor(console, options.data_dir) else 1
 
 
 def _table(report: Report) -> Table:

@@ -19,14 +19,16 @@ import torch
 
 from serving import bundle as bundles
 from serving.backends.torchscript import save_traced
-from serving.bundle import GOLDEN, LABELS, ONNX, Accuracy, Bundle, FileEntry, Manifest, ParityFigures
+from serving.bundle import GOLDEN, HISTORY, LABELS, ONNX, Accuracy, Bundle, FileEntry, Manifest, ParityFigures
 from serving.errors import ParityserveError
+from serving.parity import softmax
 from serving.tensors import TensorSpec
-from trainer import parity
+from trainer import parity, scores
 from trainer.checkpoint import Checkpoint
 from trainer.config import CLASSES, HEIGHT, WIDTH
 from trainer.data import DATASETS, Split
 from trainer.models import Deployed, Network, count_parameters
+from trainer.report import model_card
 from trainer.train import evaluate, predict
 
 TORCHSCRIPT = "model.pt"
@@ -74,8 +76,9 @@ def export(
     if checkpoint.test_accuracy is None:  # the best or latest epoch of a training that may still go on
         checkpoint = replace(checkpoint, test_accuracy=evaluate(network, test)[1], test_images=len(test))
     with bundles.draft(repository, model or checkpoint.dataset) as folder:
-        on_step("writing weights, golden answers and labels")
+        on_step("writing weights, history, golden answers and labels")
         torch.save(network.state_dict(), folder / WEIGHTS)
+        (folder / HISTORY).write_text(json.dumps(checkpoint.history, indent=2) + "\n", encoding="utf-8")
         _write_golden(network, test, folder / GOLDEN)
         labels = DATASETS[checkpoint.dataset].labels
         (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
@@ -95,8 +98,17 @@ def export(
         ]
         if failures:
             raise ExportError("nothing was exported, the files do not answer like PyTorch: " + "; ".join(failures))
-        published = bundles.publish(folder, _with_parity(draft.manifest, report))
+        on_step("writing the model card")
+        published = bundles.publish(folder, _with_parity(draft.manifest, report), _card(network, test))
     return published, report
+
+
+def _card(network: Network, test: Split) -> Callable[[Manifest], str]:
+    """What gives the model card of a network's version, with its answers on the test set."""
+    labels, probabilities = test.labels.numpy(), softmax(predict(network, test.images).numpy())
+    confusion = scores.confusion_matrix(labels, probabilities.argmax(axis=1), CLASSES)
+    calibration = scores.calibration(probabilities, labels)
+    return lambda manifest: model_card(manifest, confusion, calibration)
 
 
 def _write_golden(network: Network, test: Split, path: Path) -> None:
@@ -150,7 +162,7 @@ def _manifest(checkpoint: Checkpoint, network: Network, folder: Path) -> Manifes
     assert checkpoint.test_accuracy is not None, "measured where it was not known"
     assert checkpoint.test_images is not None, "known with the accuracy"
     kinds = {WEIGHTS: "eager", TORCHSCRIPT: "torchscript", ONNX: "onnx"}
-    files: dict[str, FileEntry] = {name: bundles.entry(folder / name) for name in (GOLDEN, LABELS)}
+    files: dict[str, FileEntry] = {name: bundles.entry(folder / name) for name in (GOLDEN, LABELS, HISTORY)}
     files |= {name: bundles.entry(folder / name, backend=kind, precision="fp32") for name, kind in kinds.items()}
     return Manifest(
         model=folder.parent.name,

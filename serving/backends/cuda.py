@@ -39,6 +39,15 @@ def device_names() -> list[str]:
     return names
 
 
+def driver_version() -> str | None:
+    """The newest CUDA version that the driver serves, such as `13.0`; None when it cannot be used."""
+    if device_problem(0):
+        return None
+    version = ctypes.c_int()
+    ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
 def library_problem(path: str) -> str | None:
     """Why a shared library does not load, in the dynamic linker's words; None when it does."""
     try:

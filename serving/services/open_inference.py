@@ -316,7 +316,7 @@ def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfi
         instance_group=[
             pb.ModelInstanceGroup(
                 name=f"{served.name}_0",
-                count=1,
+                count=served.scheduler.instances,
                 kind=pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU,
                 gpus=[int(served.backend.device.partition(":")[2])] if on_gpu else [],
             )
@@ -325,7 +325,9 @@ def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfi
         parameters={key: pb.ModelParameter(string_value=value) for key, value in _properties(served).items()},
     )
     if served.max_batch_size:
-        config.dynamic_batching.SetInParent()
+        limits = served.scheduler.limits
+        config.dynamic_batching.preferred_batch_size.append(limits.batch_rows)
+        config.dynamic_batching.max_queue_delay_microseconds = limits.max_delay_us
     return config
 
 
