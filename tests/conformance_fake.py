@@ -58,7 +58,7 @@ class Fake(grpc.GenericRpcHandler):
             try:
                 return getattr(self, rpc.name)(self.parse(rpc, data))
             except RequestError as error:
-                context.abort(*to_status(error))
+                context.abort(*to_status(error, dict))
 
         return grpc.unary_unary_rpc_method_handler(answer, None, lambda answer: answer.SerializeToString())
 

@@ -114,7 +114,7 @@ def test_doctor_says_what_runs_and_why_not():
         (["--backend", "tensorflow"], "invalid choice: 'tensorflow'"),
         (["--max-batch-size", "many"], "--max-batch-size: Input should be a valid integer"),
         (["--metrics-port", "-1"], "--metrics-port: Input should be greater than or equal to 0, got '-1'"),
-        (["--metrics-host", "::"], "--metrics-host: Value error, needs --metrics-port too, got '::'"),
+        (["--metrics-host", "::"], "--metrics-host: needs --metrics-port too, got '::'"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )

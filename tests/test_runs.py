@@ -190,7 +190,7 @@ def interrupted(sample, tmp_path_factory):
     [
         ({"channels": [8]}, r"--channels is \(8,\) here and \(4,\) there"),
         ({"dataset": "mnist"}, "--dataset is mnist here and fashion-mnist there"),
-        ({"network": "mlp", "channels": []}, "--network is mlp here and cnn there; --channels is "),
+        ({"network": "mlp", "channels": [], "pool": 2}, "--network is mlp here and cnn there; --channels is "),
         ({"seed": 5, "shift": 1}, "--shift is 1 here and 0 there; --seed is 5 here and 0 there"),
     ],
 )
