@@ -448,6 +448,13 @@ def test_without_matplotlib_the_extra_is_named(bundle):
     assert "pip install 'parityserve[plots]'" in done.stderr
 
 
+def test_an_export_draws_beside_what_it_published(tampered, sample, capsys):
+    trainer.__main__._draw_beside(open_bundle(tampered / MODEL / "1"), sample[1])
+    names = {path.name for path in (tampered / MODEL / "plots" / "1").iterdir()}
+    assert {"curves.png", "feature-maps-0.png", "feature-maps-1.png", "feature-maps-2.png"} <= names
+    assert "pictures: " in capsys.readouterr().out
+
+
 def test_an_export_without_matplotlib_is_complete_and_says_what_it_lacks(bundle):
     code = (
         "from pathlib import Path; import trainer.__main__ as m; from serving.bundle import open_bundle; "
