@@ -80,3 +80,9 @@ def test_each_option_alone_changes_images(images, option):
 
 def test_without_options_nothing_changes(images):
     assert augment.augment(images, TrainConfig(), generator()) is images
+
+
+def test_no_images_are_changed_into_none(images):
+    """A process may have no part of a small batch."""
+    config = TrainConfig(dataset="fashion-mnist", shift=3, flip=True, erase=0.5)
+    assert augment.augment(images[:0], config, generator()).shape == (0, 1, 28, 28)

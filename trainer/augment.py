@@ -35,7 +35,8 @@ def shift(images: torch.Tensor, most: int, generator: torch.Generator) -> torch.
     rows = torch.arange(height, device=images.device)[:, None]
     columns = torch.arange(width, device=images.device)
     wide = width + 2 * most
-    places = (rows * wide + columns + (down * wide + right)).reshape(count, 1, -1)  # [N, 1, H * W], within a channel
+    places = rows * wide + columns + (down * wide + right)  # [N, H, W], within a channel
+    places = places.reshape(count, 1, height * width)
     return padded.flatten(2).gather(2, places.expand(-1, channels, -1)).reshape(images.shape)
 
 
