@@ -21,6 +21,7 @@ from serving.errors import ParityserveError
 from serving.options import add_options, given, parse
 from trainer import sources
 from trainer.config import DatasetName, NetworkConfig, TrainConfig
+from trainer.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from serving.bundle import Bundle
@@ -35,6 +36,7 @@ EXAMPLES = [0, 1, 2]  # test images whose feature maps are drawn unless told oth
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = parser().parse_args(arguments)
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_time=False)])
     try:
         return int(options.command(options))

@@ -13,7 +13,6 @@ from trainer.checkpoint import Checkpoint, CheckpointError, load, save
 from trainer.config import TrainConfig
 from trainer.data import Dataset, Split
 from trainer.devices import select_device, set_deterministic
-from trainer.memory import keep_freed_memory
 from trainer.models import Network
 from trainer.processes import ALONE, Processes, device_spec
 from trainer.train import EpochMetrics, Training, build, evaluate
@@ -77,8 +76,6 @@ def run(
     state = load(files.last).check_resumable(config, processes.count) if resume else None
     device, why = select_device(device_spec(config.device, processes))
     set_deterministic(config.deterministic)
-    if device.type == "cpu":
-        keep_freed_memory()
     dataset = data.DATASETS[config.dataset]
     fitting, validation = divide(splits[0], config)
     network = build(config, config.seed, init=config.init, **pixel_statistics(config, dataset)).to(device)

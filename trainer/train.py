@@ -98,8 +98,8 @@ class Training:
         self._network, self._train, self._validation, self._config = network, train, validation, config
         self._on_step, self._processes = on_step, processes
         self._device = network.mean.device
-        if config.channels_last:
-            network.to(memory_format=torch.channels_last)
+        if not config.channels_last:
+            network.to(memory_format=torch.contiguous_format)
         torch.manual_seed(config.seed + processes.rank)
         # The order is drawn on the CPU, and by every process alike: the same on every device, for any number of them.
         self._order = torch.Generator().manual_seed(config.seed)
