@@ -7,10 +7,11 @@ entry is replaced as a whole.
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from serving.errors import NotFound, Unavailable
+from serving.errors import NotFound, QueueFull, Unavailable
 from serving.loading import ServedModel
 from serving.versions import version_number
 
@@ -64,6 +65,21 @@ class Catalog:
     def statuses(self) -> list[Status]:
         """Every version known, by model name and then by number."""
         return [status for _, model in sorted(self._models.copy().items()) for status in model.statuses.values()]
+
+    def check_room(self) -> None:
+        """Whether a request may find room, where that can be told before it is read: a single version is served.
+
+        Raises:
+            QueueFull: it may not, and is counted as refused.
+        """
+        served = [served for model in tuple(self._models.values()) for served in model.served]
+        if len(served) == 1:
+            start_ns = time.monotonic_ns()
+            try:
+                served[0].scheduler.queue.check()
+            except QueueFull:
+                served[0].statistics.failed(start_ns)
+                raise
 
     def answering(self) -> dict[str, bool]:
         """Whether a version is READY, of every model known."""

@@ -31,6 +31,8 @@ Clock = Callable[[], int]  # nanoseconds, as `time.monotonic_ns` counts them
 # brought no new one: at once for one that comes alone, and after this many turns at the latest.
 _TURNS = 16
 
+_PURGE_NS = 1_000_000  # a full queue is searched for requests that nobody waits for so often at most
+
 
 class Closed(Unavailable):
     """The scheduler takes no more requests; another version of the model may."""
@@ -140,11 +142,29 @@ class Queue:
         self._clock = clock
         self._waiting: deque[Request] = deque()
         self._rows = 0  # of those that wait
+        self._purge_ns = 0  # when the next search may be
         self.running = 0  # requests that were taken and are not finished
         self.nbytes = 0  # of those that wait or run
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def check(self) -> None:
+        """Whether one more request may wait, whatever it holds.
+
+        Raises:
+            QueueFull: it may not, and is counted as refused.
+        """
+        if len(self._waiting) + self.running < self._limits.max_queue:
+            return
+        self._purge()
+        pending = len(self._waiting) + self.running
+        if pending >= self._limits.max_queue:
+            self._statistics.dropped("queue_full")
+            raise QueueFull(
+                f"model {self._name}: {pending} requests wait already, the queue holds no more (--max-queue)",
+                self._retry_s(),
+            )
 
     def add(self, request: Request) -> None:
         """Let a request wait.
@@ -157,17 +177,10 @@ class Queue:
         if request.queued_ns >= request.deadline_ns:
             self._statistics.dropped("expired")
             raise self._expired()
-        full = len(self._waiting) + self.running >= limits.max_queue
-        if full or self.nbytes + request.nbytes > limits.max_queue_bytes:
+        self.check()
+        if self.nbytes + request.nbytes > limits.max_queue_bytes:
             self._purge()
-            pending = len(self._waiting) + self.running
-            if pending >= limits.max_queue:
-                self._statistics.dropped("queue_full")
-                raise QueueFull(
-                    f"model {self._name}: {pending} requests wait already, the queue holds no more (--max-queue)",
-                    self._retry_s(),
-                )
-            if pending and self.nbytes + request.nbytes > limits.max_queue_bytes:
+            if self.nbytes and self.nbytes + request.nbytes > limits.max_queue_bytes:
                 self._statistics.dropped("queue_bytes")
                 raise QueueFull(
                     f"model {self._name}: {self.nbytes} bytes wait already, {request.nbytes} more are over the "
@@ -210,8 +223,11 @@ class Queue:
         self.nbytes -= sum(request.nbytes for request in batch.requests)
 
     def _purge(self) -> None:
-        """Forget the requests that nobody waits for."""
+        """Forget the requests that nobody waits for, unless that was just done."""
         now = self._clock()
+        if now < self._purge_ns:
+            return
+        self._purge_ns = now + _PURGE_NS
         self._waiting = deque(request for request in self._waiting if not self._dropped(request, now))
 
     def _dropped(self, request: Request, now: int) -> bool:
@@ -231,9 +247,12 @@ class Queue:
         return DeadlineExceeded(f"model {self._name}: the deadline passed before the model ran")
 
     def _retry_s(self) -> float:
-        """When a refused caller may try again: those who wait have waited so long, and so will the next."""
+        """When a refused caller may try again: those who wait have waited so long, and so will the next.
+
+        In hundredths of a second: it is a guess, and equal answers cost whoever sends and reads many less.
+        """
         oldest = self._waiting[0].queued_ns if self._waiting else self._clock()
-        return max(0.001, (self._clock() - oldest) / 1e9)
+        return max(1, round((self._clock() - oldest) / 1e7)) / 100
 
 
 class Scheduler:

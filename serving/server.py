@@ -47,6 +47,7 @@ Result = TypeVar("Result")
 _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
 _PROTOCOL = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+_INFERENCE = frozenset({f"/{_CLASSIFIER.full_name}/Predict", f"/{_PROTOCOL.full_name}/ModelInfer"})
 SERVICES = (_CLASSIFIER.full_name, _PROTOCOL.full_name)
 
 
@@ -70,7 +71,7 @@ class Server:
         self._control: Control = member or self._local
         self._shown: set[str] = set()  # the models that the health service was told of
         self._health = HealthService()
-        self._gate = Gate()
+        self._gate = Gate(_INFERENCE, self.repository.check_room, self._rpcs)
         self._tls = tls(config)
         self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._tracing = _tracing(config)

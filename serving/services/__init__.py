@@ -16,16 +16,14 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, ServiceDescriptor
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
 
 from serving import errors, logs
 from serving.config import ServerConfig
-from serving.errors import InvalidArgument, MessageTooLarge, QueueFull, Unavailable
+from serving.errors import InvalidArgument, MessageTooLarge, Unavailable
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
-from serving.services.gate import STOPPING, Gate
+from serving.services.gate import STOPPING, Gate, trailing_metadata
 from serving.statistics import Rpcs, Stages
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -34,8 +32,6 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 Given = TypeVar("Given", covariant=True)
 
-# Where grpc_status.rpc_status, in every language, looks for what a status has to tell.
-GRPC_DETAILS_METADATA_KEY = "grpc-status-details-bin"
 STREAM_IN_FLIGHT = 64  # requests of one stream that run at once; a client that sends more waits
 
 
@@ -268,15 +264,5 @@ async def _abort(context: Context, error: Exception, rpc: Rpc, data: bytes = b""
     """End an RPC with the status of what its servicer raised: the only place that does so."""
     code, details = errors.to_status(error, lambda: rpc.about(context, data))
     rpc.ended(code.name)
-    trailing = _retry_info(code, details, error.retry_s) if isinstance(error, QueueFull) else ()
-    await context.abort(code, details, trailing)
+    await context.abort(code, details, trailing_metadata(code, details, error))
     raise AssertionError("abort raises")
-
-
-def _retry_info(code: grpc.StatusCode, details: str, retry_s: float) -> tuple[tuple[str, bytes], ...]:
-    """The trailing metadata that tells a client when to try again: google.rpc.RetryInfo, which clients know."""
-    delay = Duration()
-    delay.FromNanoseconds(round(1e9 * retry_s))
-    status = status_pb2.Status(code=code.value[0], message=details)
-    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    return ((GRPC_DETAILS_METADATA_KEY, status.SerializeToString()),)

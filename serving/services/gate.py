@@ -1,22 +1,30 @@
-"""What new calls and open streams meet while the server stops.
+"""What new calls meet before they are read, while the server stops or has more to do than it can.
 
 gRPC's own shutdown cancels every call that has arrived and is not handled yet: under load, many. So calls are refused
-here first, with a status that tells clients to try another server, until hardly any arrive.
+here first, with a status that tells clients to try another server, until hardly any arrive. And to refuse a call
+unread costs half as much as to read, parse and then refuse it: under overload that decides whether there is time left
+for the requests that were accepted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Generic, TypeVar
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
 
 from serving import errors, logs
-from serving.errors import Unavailable
+from serving.errors import QueueFull, RequestError, Unavailable
+from serving.statistics import Rpcs
 
 STOPPING = "the server is stopping; try again, with another one"
+
+# Where grpc_status.rpc_status, in every language, looks for what a status has to tell.
+GRPC_DETAILS_METADATA_KEY = "grpc-status-details-bin"
 
 _QUIET_S = 0.05
 _ROUNDS = 20  # so many times that at most, for clients that do not mind being refused
@@ -31,25 +39,56 @@ def refusal(error: Exception, method: str) -> grpc.RpcMethodHandler[Any, Any]:
         def about() -> logs.Fields:
             return logs.about(method, context.peer(), context.invocation_metadata() or ())
 
-        await context.abort(*errors.to_status(error, about))
+        code, details = errors.to_status(error, about)
+        context.set_code(code)  # as abort, without the cost of an exception
+        context.set_details(details)
+        context.set_trailing_metadata(trailing_metadata(code, details, error))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-class Gate(grpc.GenericRpcHandler):
-    """The first of the server's handlers: lets every call pass on to the others until it is closed."""
+def trailing_metadata(code: grpc.StatusCode, details: str, error: Exception) -> tuple[tuple[str, bytes], ...]:
+    """What tells a client when to try again, where it may: google.rpc.RetryInfo, which clients know."""
+    if not isinstance(error, QueueFull):
+        return ()
+    delay = Duration()
+    delay.FromNanoseconds(round(1e9 * error.retry_s))
+    status = status_pb2.Status(code=code.value[0], message=details)
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return ((GRPC_DETAILS_METADATA_KEY, status.SerializeToString()),)
 
-    def __init__(self) -> None:
+
+class Gate(grpc.GenericRpcHandler):
+    """The first of the server's handlers: lets a call pass on to the others, unless it must be refused."""
+
+    def __init__(self, inference: Collection[str], check_room: Callable[[], None], rpcs: Rpcs) -> None:
+        """Open.
+
+        Args:
+            inference: the methods, `/service/method`, that need room in a model's queue for each call.
+            check_room: raises RequestError when there can be none.
+            rpcs: where what is refused for that is counted.
+        """
         self.closed = False
+        self._inference = inference
+        self._check_room = check_room
+        self._rpcs = rpcs
         self._refused = 0
         self._open: set[Requests[Any]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Called by gRPC for each call; None leaves it to the next handler."""
-        if not self.closed:
-            return None
-        self._refused += 1
-        return refusal(Unavailable(STOPPING), handler_call_details.method)
+        method = handler_call_details.method
+        if self.closed:
+            self._refused += 1
+            return refusal(Unavailable(STOPPING), method)
+        if method in self._inference:
+            try:
+                self._check_room()
+            except RequestError as error:
+                self._rpcs.ended[method[1:], errors.STATUS[type(error)].name] += 1
+                return refusal(error, method)
+        return None
 
     async def close(self, hurry: asyncio.Event) -> None:
         """Refuse new calls, and read no more requests from streams: those that were read are answered.
