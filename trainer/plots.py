@@ -6,6 +6,7 @@ and settings for the whole process. Colours and colour maps are told apart with 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -196,6 +197,56 @@ def feature_maps(
         axes = part.add_subplot()
         _tiles(axes, found, min(MAPS_COLUMNS, len(found)), f"{layer}: {_shape(found, 'maps')}, before the activation")
     return figure
+
+
+def comparison(
+    names: Sequence[str],
+    accuracies: Sequence[Sequence[float]],
+    costs: Mapping[str, Sequence[float]],
+    title: str,
+) -> Figure:
+    """Trainings beside each other: accuracy by seed, mean and deviation, and what each of them costs.
+
+    Args:
+        names: of the variants; the first is what the others are compared with.
+        accuracies: of each variant, from 0 to 1, one a seed.
+        costs: what is measured, with its unit -> one number a variant.
+        title: of the picture.
+    """
+    figure = _figure(6.5 + 2.6 * len(costs), 1.9 + 0.55 * len(names), title)
+    left, *others = figure.subplots(1, 1 + len(costs), sharey=True, width_ratios=(2, *[1] * len(costs)), squeeze=False)[
+        0
+    ]
+    rows = np.arange(len(names))
+    means = np.array([np.mean(values) for values in accuracies])
+    deviations = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in accuracies])
+    left.axvline(means[0], color=GREY, linestyle="--", label="mean of the first")
+    for row, values in zip(rows, accuracies, strict=True):
+        label = "one seed" if row == 0 else None
+        left.plot(values, [row + 0.22] * len(values), color=VERMILION, marker="o", alpha=0.7, ls="", ms=5, label=label)
+    style = {"color": BLUE, "marker": "s", "capsize": 4, "linestyle": ""}
+    left.errorbar(
+        means, rows - 0.1, xerr=deviations, label="mean" + " ± standard deviation" * bool(deviations.any()), **style
+    )
+    left.set(xlabel="validation accuracy", ylim=(len(names) - 0.4, -0.6))  # the first on top
+    left.set_yticks(rows, ["\n".join(textwrap.wrap(name, 26)) for name in names])
+    left.xaxis.set_major_formatter(PercentFormatter(1))
+    left.xaxis.set_major_locator(MaxNLocator(5))
+    left.grid(alpha=0.3, axis="x")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    for axes, (what, values) in zip(others, costs.items(), strict=True):
+        axes.barh(rows, values, height=0.5, color=BLUE)
+        for row, value in zip(rows, values, strict=True):
+            axes.annotate(_figures(value), (value, row), (3, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set(xlabel=what, xlim=(0, 1.45 * max(values)))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def _figures(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def mosaic(tiles: Floats, columns: int) -> Floats:
