@@ -218,7 +218,7 @@ def _notes(study: Study, results: Sequence[Result], seeds: int) -> list[str]:
     which = f"seeds {config.seed} to {config.seed + seeds - 1}" if seeds > 1 else f"seed {config.seed}"
     notes = [
         f"{study.dataset}, {which}, on {devices}. Accuracies in percent: mean ± standard deviation over the seeds, "
-        f"validation of {config.validation_images:,} images, training of as many that were learnt from.",
+        f"validation of {config.validation_images:,} images, training of as many, or all, that were learnt from.",
         "Difference: in validation to the first variant, percentage points, mean of the seeds' differences ± its "
         "standard error. Clear: chance alone would give as much in less than 5 of 100 comparisons.",
     ]
