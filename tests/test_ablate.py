@@ -109,7 +109,7 @@ def test_options_are_written_as_a_command_line_has_them():
 
 def test_the_documents_example_is_a_study(tmp_path):
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```toml\n(question.*?)^```", text, re.MULTILINE | re.DOTALL)
     study = studies.resolve(write(tmp_path, example), {})
     assert [(variant.config.activation, variant.config.epochs) for variant in study.variants] == [
         ("relu", 5),
