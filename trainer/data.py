@@ -158,10 +158,12 @@ def load(dataset: Dataset, data_dir: Path) -> tuple[Split, Split]:
     Raises:
         DataError: a file is missing or not the data set's.
     """
-    return (
-        Split(*_load_pair(dataset, data_dir, TRAIN_IMAGES, TRAIN_LABELS)),
-        Split(*_load_pair(dataset, data_dir, TEST_IMAGES, TEST_LABELS)),
-    )
+    return load_train(dataset, data_dir), load_test(dataset, data_dir)
+
+
+def load_train(dataset: Dataset, data_dir: Path) -> Split:
+    """The training set alone, for choices that must not see the test set; see `load`."""
+    return Split(*_load_pair(dataset, data_dir, TRAIN_IMAGES, TRAIN_LABELS))
 
 
 def load_test(dataset: Dataset, data_dir: Path) -> Split:

@@ -45,6 +45,18 @@ class Watcher:
     on_epoch: Callable[[EpochMetrics], None] = lambda _: None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A training before its first epoch."""
+
+    training: Training
+    network: Network  # the one that is trained, on `device`
+    device: torch.device
+    why: str  # that device
+    fitting: Split  # what is trained on, where it waits for its turn
+    validation: Split | None  # on `device`
+
+
 def run(
     config: TrainConfig,
     splits: tuple[Split, Split],
@@ -74,22 +86,11 @@ def run(
     """
     watcher = watcher or Watcher()
     state = load(files.last).check_resumable(config, processes.count) if resume else None
-    device, why = select_device(device_spec(config.device, processes))
-    set_deterministic(config.deterministic)
-    dataset = data.DATASETS[config.dataset]
-    fitting, validation = divide(splits[0], config)
-    network = build(config, config.seed, init=config.init, **pixel_statistics(config, dataset)).to(device)
-    training = Training(
-        network,
-        place(fitting, device, config.stream),
-        validation and validation.to(device),
-        config,
-        watcher.on_step,
-        processes,
-    )
+    prepared = prepare(config, splits[0], watcher.on_step, processes)
+    training, network, device = prepared.training, prepared.network, prepared.device
     if state is not None:
         training.load_state_dict(state)
-    watcher.on_start(network, device, why, len(training.history), len(fitting))
+    watcher.on_start(network, device, prepared.why, len(training.history), len(prepared.fitting))
     for metrics in training.epochs():
         _save_epoch(training, config, files, processes)
         watcher.on_epoch(metrics)
@@ -102,6 +103,28 @@ def run(
     if processes.first:
         save(finished, files.result)
     return finished
+
+
+def prepare(
+    config: TrainConfig,
+    train: Split,
+    on_step: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
+) -> Prepared:
+    """Choose the device, divide the training set, which is on the CPU, and build the network.
+
+    Raises:
+        DeviceError: the device cannot be used.
+        ValueError: there are fewer images than asked for.
+    """
+    device, why = select_device(device_spec(config.device, processes))
+    set_deterministic(config.deterministic)
+    fitting, validation = divide(train, config)
+    fitting, validation = place(fitting, device, config.stream), validation and validation.to(device)
+    pixels = pixel_statistics(config, data.DATASETS[config.dataset])
+    network = build(config, config.seed, init=config.init, **pixels).to(device)
+    training = Training(network, fitting, validation, config, on_step, processes)
+    return Prepared(training, network, device, why, fitting, validation)
 
 
 def divide(train: Split, config: TrainConfig) -> tuple[Split, Split | None]:

@@ -36,7 +36,20 @@ def resolve(
         ValueError: a value is not accepted, options contradict each other, or a file is not what it should be.
         OSError: the file cannot be read.
     """
-    values: dict[str, Any] = {**(saved or {})}
+    values, names = gather(options, recipe, file)
+    return build(TrainConfig, {**(saved or {}), **values}, names)
+
+
+def gather(
+    options: Mapping[str, Any], recipe: str | None = None, file: Path | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `resolve` builds the configuration from: the values that were given, and what to call each in an error.
+
+    Raises:
+        ValueError: there is no such recipe, or a file is not what it should be.
+        OSError: the file cannot be read.
+    """
+    values: dict[str, Any] = {}
     names: dict[str, str] = {name: name for name in TrainConfig.model_fields}
     if recipe is not None:
         if recipe not in recipes():
@@ -50,7 +63,7 @@ def resolve(
         names |= {name: f"{file}: {name}" for name in found}
     values |= options
     names |= {name: flag(TrainConfig, name) for name in options}
-    return build(TrainConfig, values, names)
+    return values, names
 
 
 def _read(file: Path) -> dict[str, Any]:

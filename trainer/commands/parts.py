@@ -1,0 +1,52 @@
+"""What several commands have in common: their options, and how they obtain a data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from trainer import sources
+
+console = Console()
+
+
+def add_data_dir(command: argparse.ArgumentParser) -> None:
+    """Give a command the option that says where data sets are kept."""
+    command.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="PATH",
+        help="where data sets are kept (default: $PARITYSERVE_DATA_DIR, else the user's cache folder)",
+    )
+
+
+def add_sources(command: argparse.ArgumentParser) -> None:
+    """Give a command the options that name a recipe and a file of options; `trainer.sources` reads them."""
+    command.add_argument("--recipe", choices=sources.recipes(), help="options that go together; others change them")
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="TOML file with options, or the manifest.json of an exported version, to repeat its training",
+    )
+
+
+def obtain(dataset_name: str, data_dir: Path | None) -> Path:
+    """Have the data set's files in a folder; says where they came from."""
+    from trainer import data  # with torch, for which --help need not wait
+
+    folder = data_dir or data.default_data_dir()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(f"looking for {dataset_name}", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        source = data.obtain(data.DATASETS[dataset_name], folder, show)
+    console.print(f"data: {dataset_name}, four files with the right sha256, from {source}", soft_wrap=True)
+    return folder
