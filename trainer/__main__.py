@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -20,6 +19,8 @@ from rich.table import Table
 from serving.errors import ParityserveError
 from serving.options import add_options, given, parse
 from trainer import sources
+from trainer.commands import search
+from trainer.commands.parts import add_data_dir, add_sources, console, obtain
 from trainer.config import DatasetName, NetworkConfig, TrainConfig
 from trainer.memory import keep_freed_memory
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from serving.bundle import Bundle
     from trainer.data import Split
     from trainer.parity import Report
-
-console = Console()
 
 EXAMPLES = [0, 1, 2]  # test images whose feature maps are drawn unless told otherwise
 
@@ -61,11 +60,11 @@ def parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="obtain a data set and verify it")
     add_options(data, TrainConfig, ["dataset"])
-    _add_data_dir(data)
+    add_data_dir(data)
     data.set_defaults(command=_data)
 
     train = commands.add_parser("train", help="train the network and write a checkpoint")
-    _add_sources(train)
+    add_sources(train)
     add_options(train, TrainConfig)
     train.add_argument("--checkpoint", type=Path, metavar="PATH", help="the file to write (default: runs/<dataset>.pt)")
     train.add_argument(
@@ -79,13 +78,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="write event files into a new folder in PATH (runs/tensorboard when it is left out)",
     )
-    _add_data_dir(train)
+    add_data_dir(train)
     train.set_defaults(command=_train)
 
     summary = commands.add_parser("summary", help="list the layers of a network with shapes, parameters and mult-adds")
-    _add_sources(summary)
+    add_sources(summary)
     add_options(summary, TrainConfig, list(NetworkConfig.model_fields))
     summary.set_defaults(command=_summary)
+
+    search.add(commands)
 
     export = commands.add_parser("export", help="write a checkpoint as the next version of a model, once it is proved")
     export.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="what train wrote")
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         help="the model repository (default: exported)",
     )
     export.add_argument("--model", metavar="NAME", help="the model's name (default: the data set's)")
-    _add_data_dir(export)
+    add_data_dir(export)
     export.set_defaults(command=_export)
 
     parity = commands.add_parser("parity", help="compare every file of a version with the PyTorch model")
@@ -113,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     parity.add_argument(
         "--json", type=Path, metavar="PATH", help="where the report goes (default: runs/parity-<model>-<version>.json)"
     )
-    _add_data_dir(parity)
+    add_data_dir(parity)
     parity.set_defaults(command=_parity)
 
     plots = commands.add_parser("plots", help="draw how a network was trained, where it errs and what its layers see")
@@ -133,11 +134,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="the folder to write (default: plots/<version> beside the bundle, <name>-plots beside a checkpoint)",
     )
-    _add_data_dir(plots)
+    add_data_dir(plots)
     plots.set_defaults(command=_plots)
 
     doctor = commands.add_parser("doctor", help="what this machine can train with, and why not with the rest")
-    _add_data_dir(doctor)
+    add_data_dir(doctor)
     doctor.set_defaults(command=_doctor)
     return top
 
@@ -149,51 +150,14 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"got {text!r}, want numbers with commas between, such as 0,7") from None
 
 
-def _add_data_dir(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="PATH",
-        help="where data sets are kept (default: $PARITYSERVE_DATA_DIR, else the user's cache folder)",
-    )
-
-
-def _add_sources(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--recipe", choices=sources.recipes(), help="options that go together; others change them")
-    command.add_argument(
-        "--config",
-        type=Path,
-        metavar="PATH",
-        help="TOML file with options, or the manifest.json of an exported version, to repeat its training",
-    )
-
-
 # The commands import what they need themselves: `--help` and a wrong option answer without waiting for torch.
-
-
-def _obtain(dataset_name: str, data_dir: Path | None) -> Path:
-    """Have the data set's files in a folder; says where they came from."""
-    from trainer import data
-
-    folder = data_dir or data.default_data_dir()
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(f"looking for {dataset_name}", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
-
-        source = data.obtain(data.DATASETS[dataset_name], folder, show)
-    console.print(f"data: {dataset_name}, four files with the right sha256, from {source}", soft_wrap=True)
-    return folder
 
 
 def _data(options: argparse.Namespace) -> int:
     from trainer import data
 
     name: DatasetName = parse(TrainConfig, options).dataset
-    folder = _obtain(name, options.data_dir)
+    folder = obtain(name, options.data_dir)
     train, test = data.load(data.DATASETS[name], folder)
     console.print(f"data: {len(train)} training and {len(test)} test images in {folder / name}", soft_wrap=True)
     return 0
@@ -211,7 +175,7 @@ def _train(options: argparse.Namespace) -> int:
         config = sources.resolve(given_options, options.recipe, options.config, runs.saved_options(files))
     with processes.join(config.device) as together:
         if together.first:
-            _obtain(config.dataset, options.data_dir)
+            obtain(config.dataset, options.data_dir)
         together.wait()
         splits = data.load(data.DATASETS[config.dataset], options.data_dir or data.default_data_dir())
         writer = None
@@ -248,7 +212,7 @@ def _export(options: argparse.Namespace) -> int:
     from trainer.export import export
 
     trained = checkpoint.load(options.checkpoint)
-    test = data.load_test(data.DATASETS[trained.dataset], _obtain(trained.dataset, options.data_dir))
+    test = data.load_test(data.DATASETS[trained.dataset], obtain(trained.dataset, options.data_dir))
     with console.status("exporting") as status:
         bundle, report = export(trained, test, options.repository, options.model, lambda step: status.update(step))
     worst = max(row.comparison.max_abs for row in report.rows)
@@ -281,7 +245,7 @@ def _parity(options: argparse.Namespace) -> int:
     manifest = bundle.manifest
     from trainer import data, parity
 
-    test = data.load_test(data.DATASETS[manifest.dataset], _obtain(manifest.dataset, options.data_dir))
+    test = data.load_test(data.DATASETS[manifest.dataset], obtain(manifest.dataset, options.data_dir))
     with Progress(
         TextColumn("comparing with PyTorch"),
         BarColumn(),
@@ -310,7 +274,7 @@ def _plots(options: argparse.Namespace) -> int:
         subject = pictures.of_bundle(open_bundle(newest(options.bundle)))
     else:
         subject = pictures.of_checkpoint(checkpoint.load(options.checkpoint), options.checkpoint)
-    test = data.load_test(data.DATASETS[subject.dataset], _obtain(subject.dataset, options.data_dir))
+    test = data.load_test(data.DATASETS[subject.dataset], obtain(subject.dataset, options.data_dir))
     paths = pictures.write(options.output or subject.folder, pictures.figures(subject, test, options.images))
     for path in paths:
         console.print(path, soft_wrap=True)
