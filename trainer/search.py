@@ -42,6 +42,8 @@ WAIT_S = 60.0  # for another process that writes to the file
 UNPRUNED = 5  # trials that must have finished before any is pruned
 IMPORTANCE_TRIALS = 10  # fewer say nothing about what matters
 
+_STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError, Timeout)
+
 _ABOUT = "parityserve"  # the study's attribute that says what it is of
 _REASON = "reason"  # the trial's that says why it has no accuracy
 
@@ -99,9 +101,7 @@ class Search:
                     f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": WAIT_S}}
                 )
                 self._study = self._open()
-        except Timeout as error:
-            raise SearchError(f"{path}: another process has held its lock for {WAIT_S:.0f} s") from error
-        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+        except (*_STORAGE_ERRORS, RuntimeError) as error:  # the last, where a newer Optuna has made the file
             raise SearchError(f"{path} is not a study that can be read: {error}") from error
 
     def close(self) -> None:
@@ -148,6 +148,7 @@ class Search:
 
         Raises:
             DeviceError: the device cannot be used.
+            SearchError: the study cannot be written.
             ValueError: there are fewer images than asked for.
         """
         watcher = watcher or Watcher()
@@ -155,8 +156,11 @@ class Search:
         device, why = select_device(self.plan.example.device)
         train = runs.place(train, device, self.plan.example.stream)
         watcher.on_device(device, why)
-        for _ in range(trials):
-            self._add_trial(train, watcher)
+        try:
+            for _ in range(trials):
+                self._add_trial(train, watcher)
+        except _STORAGE_ERRORS as error:
+            raise SearchError(f"{self.path} cannot be written: {error}") from error
 
     def _add_trial(self, train: Split, watcher: Watcher) -> None:
         with self._lock:

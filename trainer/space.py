@@ -65,7 +65,9 @@ class Range:
         return self.low, self.high
 
     def draw(self, generator: random.Random) -> Value:
-        """A number in it; without regard to `log` and `step`."""
+        """A number in it."""
+        if self.step is not None:
+            return self.tidy(self.low + self.step * generator.randint(0, round((self.high - self.low) / self.step)))
         whole = isinstance(self.low, int)
         return generator.randint(int(self.low), int(self.high)) if whole else generator.uniform(self.low, self.high)
 

@@ -144,7 +144,8 @@ def _report(search: Search) -> int:
     ranking, outcomes = search.ranking, search.outcomes
     if not ranking:
         raise ParityserveError(f"{search.path}: none of its {len(outcomes)} trials was trained to the end")
-    table = Table(title=f"the best of {len(outcomes)} trials", title_justify="left")
+    trials = f"{len(outcomes)} trial" + "s" * (len(outcomes) > 1)
+    table = Table(title=f"the best of {trials}", title_justify="left")
     for column in ("trial", "accuracy", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("options")
@@ -153,7 +154,7 @@ def _report(search: Search) -> int:
         table.add_row(str(outcome.number), f"{outcome.accuracy:.2%}", seconds, _changes(outcome))
     console.print(table)
     config = search.plan.config(ranking[0].options)
-    recipe = _write_recipe(search, config, ranking[0], len(outcomes))
+    recipe = _write_recipe(search, config, ranking[0], trials)
     console.print(f"recipe: {recipe}", soft_wrap=True)
     _draw(search)
     device = "" if config.device == "auto" else f" --device {config.device}"
@@ -161,11 +162,11 @@ def _report(search: Search) -> int:
     return 0
 
 
-def _write_recipe(search: Search, config: TrainConfig, best: Outcome, trials: int) -> Path:
+def _write_recipe(search: Search, config: TrainConfig, best: Outcome, trials: str) -> Path:
     """Write the best trial's configuration beside the study, complete or not at all."""
     path = search.path.with_suffix(".toml")
     comments = (
-        f"The best of {trials} trials in {search.path.name}: trial {best.number}, {best.accuracy:.2%} of "
+        f"The best of {trials} in {search.path.name}: trial {best.number}, {best.accuracy:.2%} of "
         f"{config.validation_images:,} validation images.",
         f"Varied: {', '.join(flag(TrainConfig, name) for name in search.plan.space)}.",
     )
