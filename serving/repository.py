@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from serving import bundle as bundles
-from serving import loading
+from serving import loading, memory
 from serving.catalog import UNLOADED, Catalog, Model, State, Status
 from serving.config import ServerConfig
 from serving.errors import BundleError, DeviceError, InvalidArgument, NotFound, Unavailable
@@ -131,6 +131,7 @@ class Repository(Catalog):
                 except (BundleError, DeviceError) as error:
                     failures.append(f"version {number}: {error}" if len(selected) > 1 else str(error))
             self._tidy(name, present)
+            memory.give_back()
         if failures:
             raise InvalidArgument(f"failed to load '{name}', {'; '.join(failures)}")
 
@@ -169,7 +170,10 @@ class Repository(Catalog):
             self._tried = {key: files for key, files in self._tried.items() if key[1] in seen.get(key[0], {})}
             for name in sorted({*seen, *before}):
                 self._follow(name, seen.get(name, {}), before.get(name, {}))
-            return self.statuses() != statuses
+            if changed := self.statuses() != statuses:
+                del statuses
+                memory.give_back()
+            return changed
 
     def close(self) -> None:
         """Answer the requests that wait and refuse new ones; a load that runs is waited for."""

@@ -21,7 +21,7 @@ ALLOWED = {
     "protos": {"protos"},
     "serving": {"protos", "serving"},
     "trainer": {"serving", "trainer"},
-    "benchmarks": {"protos", "serving", "benchmarks"},
+    "benchmarks": {"protos", "serving", "trainer", "benchmarks"},
 }
 # Heavy or optional packages, and the only modules that may import them.
 OWNERS = {

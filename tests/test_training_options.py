@@ -3,11 +3,13 @@
 import copy
 import functools
 import math
+import os
 
 import pytest
 import torch
 from torch.nn import functional
 
+from serving.memory import glibc
 from trainer import devices, memory, runs, train
 from trainer.config import TrainConfig
 from trainer.data import DATASETS, Split
@@ -343,8 +345,13 @@ def test_memory_of_activations_is_kept():
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
-    monkeypatch.setattr(memory.os, "confstr", lambda name: "musl 1.2")
-    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(os, "confstr", lambda name: "musl 1.2")
+    glibc.cache_clear()
+    try:
+        assert glibc() is None
+        assert memory.keep_freed_memory() is False
+    finally:
+        glibc.cache_clear()
 
 
 def test_empty_share_of_a_batch(sample):

@@ -467,13 +467,21 @@ def test_a_server_may_start_with_an_empty_folder_and_fill_up(root, tmp_path):
     ):
         assert client.is_server_ready()
         shutil.copytree(root / MODEL, tmp_path / "copy")
-        (tmp_path / "copy").rename(empty / MODEL)
         check = health_pb2_grpc.HealthStub(channel).Check
         request = health_pb2.HealthCheckRequest(service=MODEL)
+
+        def health():
+            try:
+                return check(request).status
+            except grpc.RpcError as error:  # not told of the model yet
+                return error.code()
+
+        assert health() is grpc.StatusCode.NOT_FOUND
+        (tmp_path / "copy").rename(empty / MODEL)
         until(lambda: client.is_model_ready(MODEL))
-        until(lambda: check(request).status == health_pb2.HealthCheckResponse.SERVING)
+        until(lambda: health() == health_pb2.HealthCheckResponse.SERVING)
         shutil.rmtree(empty / MODEL)
-        until(lambda: check(request).status == health_pb2.HealthCheckResponse.NOT_SERVING)
+        until(lambda: health() == health_pb2.HealthCheckResponse.NOT_SERVING)
         assert not client.is_model_ready(MODEL)
         with pytest.raises(InferenceServerException, match="load / unload is not allowed if polling is enabled"):
             client.load_model(MODEL)

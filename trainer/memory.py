@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
+from serving.memory import glibc
 
 # The options of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -19,12 +18,9 @@ def keep_freed_memory() -> bool:
     step are such blocks, so each step touches fresh pages, and the kernel clears each of them: a third of the time of
     training on a CPU. Kept, they are mapped once. Other C libraries do otherwise and are left alone.
     """
-    try:
-        if not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"):
-            return False
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, ValueError):  # no confstr, no such name, no such library
+    library = glibc()
+    if library is None:
         return False
     settings = {_M_MMAP_THRESHOLD: _LARGEST_BYTES, _M_TRIM_THRESHOLD: _KEEP_BYTES, _M_TOP_PAD: _GROW_BYTES}
-    taken = [mallopt(option, value) == 1 for option, value in settings.items()]  # each, whatever became of another
+    taken = [library.mallopt(option, value) == 1 for option, value in settings.items()]
     return all(taken)
