@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ from PIL import Image
 from test_data import idx
 
 from trainer import data, pictures, runs, search_plots, sources, space
-from trainer.__main__ import main
+from trainer.__main__ import main, parser
 from trainer.config import TrainConfig
 from trainer.data import DATASETS, TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 from trainer.search import Outcome, Search, SearchError, Watcher
@@ -155,6 +156,17 @@ def test_every_space_of_the_package_goes_with_every_network():
     for name in space.spaces():
         for network in ("cnn", "convnet", "mlp"):
             assert space.plan(name, {"network": network}).example.network == network
+
+
+def test_the_docs_space_and_commands_are_accepted(tmp_path):
+    section = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("## Search\n")[1].split("\n## ")[0]
+    (text,) = re.findall(r"^```toml\n(.*?)^```", section, re.M | re.S)
+    (tmp_path / "mine.toml").write_text(text)
+    plan = space.plan(str(tmp_path / "mine.toml"), {"dataset": "mnist"})
+    assert plan.space["momentum"] == space.Range(0.8, 0.98)
+    (commands,) = re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
+    for line in commands.splitlines():
+        parser().parse_args(shlex.split(line.removeprefix("python -m trainer ")))
 
 
 def test_an_option_is_varied_only_where_it_says_something(make, sample):
@@ -418,7 +430,7 @@ def test_the_picture_of_the_trials(tmp_path):
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["best, 93.00%"].get_ydata() == pytest.approx([0.90, 0.92, 0.92, 0.93, 0.93])
     assert list(lines["trained to the end"].get_xdata()) == [0, 1, 4, 7]
-    assert list(lines["pruned: accuracy when it was"].get_xdata()) == [5]
+    assert list(lines["pruned, at its last epoch"].get_xdata()) == [5]
     low, high = axes.get_ylim()
     assert 0.8 < low < 0.90
     assert 0.93 < high < 1

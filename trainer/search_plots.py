@@ -34,7 +34,7 @@ def history(outcomes: Sequence[Outcome], title: str) -> Figure:
         best = max(best, accuracy)
         steps.append((number, best))
     axes.step(*zip(*[*steps, (last + 0.5, best)], strict=True), where="post", color=GREEN, label=f"best, {best:.2%}")
-    kinds = ((finished, "trained to the end", BLUE, "o"), (pruned, "pruned: accuracy when it was", VERMILION, "X"))
+    kinds = ((finished, "trained to the end", BLUE, "o"), (pruned, "pruned, at its last epoch", VERMILION, "X"))
     for points, label, colour, marker in kinds:
         above = [point for point in points if point[1] >= low]
         if points:  # for the legend, too, where all of them are below
@@ -42,17 +42,18 @@ def history(outcomes: Sequence[Outcome], title: str) -> Figure:
                 *_columns(above), linestyle="", marker=marker, markersize=8, color=colour, label=label, mec="white"
             )
         below = [number for number, accuracy in points if accuracy < low]
-        axes.plot(below, [low] * len(below), linestyle="", marker="v", color=colour, clip_on=False, zorder=5)
+        if below:  # drawn unclipped, an empty line would take its place at the picture's corner
+            axes.plot(below, [low] * len(below), linestyle="", marker="v", color=colour, clip_on=False, zorder=5)
     if any(accuracy < low for _, accuracy in finished + pruned):
-        axes.plot([], [], linestyle="", marker="v", color=GREY, label="below this picture")
+        axes.plot([], [], linestyle="", marker="v", color=GREY, label="below the picture")
     if without:
         axes.plot(without, [low] * len(without), linestyle="", marker="|", markersize=14, color=GREY)
-        axes.plot([], [], linestyle="", marker="|", markersize=10, color=GREY, label="no accuracy: refused or failed")
+        axes.plot([], [], linestyle="", marker="|", markersize=10, color=GREY, label="refused or failed")
     axes.set(xlabel="trial", ylabel="validation accuracy", xlim=(-0.5, last + 0.5), ylim=(low, high))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, columnspacing=1.5, handlelength=1.5)
     return figure
 
 
@@ -78,8 +79,8 @@ def _limits(accuracies: Sequence[float]) -> tuple[float, float]:
     """The part of the axis that has the better half of the trials, and as much again below."""
     ordered = sorted(accuracies, reverse=True)
     best, median = ordered[0], ordered[len(ordered) // 2]
-    room = max(best - median, 0.0005)
-    return max(0.0, max(ordered[-1] - 0.3 * room, median - 3 * room)), min(1.0, best + 0.3 * room)
+    room = max(best - median, 0.002)
+    return max(0.0, max(ordered[-1] - 0.3 * room, median - 3 * room)), best + 0.3 * room
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
@@ -89,6 +90,6 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 def _count(outcomes: Sequence[Outcome]) -> str:
     states = [outcome.state for outcome in outcomes]
     told = {"finished": "trained to the end", "pruned": "pruned", "refused": "refused", "failed": "failed"}
-    return f"{len(states)} trials: " + ", ".join(
+    return f"{len(states)} trial{'s' * (len(states) > 1)}: " + ", ".join(
         f"{states.count(state)} {text}" for state, text in told.items() if state in states
     )
