@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "parityserve needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON3=python3.11"; exit 1; }
 	$(PYTHON3) -m venv $(VENV)
-	$(PYTHON) -m pip install --constraint constraints.txt --editable '.[train,plots,tensorboard,bench,tracing,dev]'
+	$(PYTHON) -m pip install --constraint constraints.txt --editable '.[train,plots,tensorboard,search,bench,tracing,dev]'
 	@touch $@
 
 setup: $(VENV)/.installed  ## the environment, in .venv

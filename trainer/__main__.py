@@ -19,7 +19,7 @@ from rich.table import Table
 from serving.errors import ParityserveError
 from serving.options import add_options, given, parse
 from trainer import sources
-from trainer.commands import ablate
+from trainer.commands import ablate, search
 from trainer.commands.parts import add_data_dir, add_sources, console, obtain
 from trainer.config import DatasetName, NetworkConfig, TrainConfig
 from trainer.memory import keep_freed_memory
@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     summary.set_defaults(command=_summary)
 
     ablate.add(commands)
+    search.add(commands)
 
     export = commands.add_parser("export", help="write a checkpoint as the next version of a model, once it is proved")
     export.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="what train wrote")

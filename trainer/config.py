@@ -32,7 +32,7 @@ def _told(defaults: Mapping[str, object]) -> str:
 
 
 # Options that say something only beside certain choices of another; elsewhere they must be left at their default.
-_BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
+BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "momentum": ("optimiser", ("sgd", "rmsprop")),
     "nesterov": ("optimiser", ("sgd",)),
     "alpha": ("optimiser", ("rmsprop",)),
@@ -243,7 +243,7 @@ class TrainConfig(NetworkConfig):
     @model_validator(mode="after")
     def _together(self) -> Self:
         """What depends on several options."""
-        for name, (chooser, choices) in _BELONGS.items():
+        for name, (chooser, choices) in BELONGS.items():
             field = type(self).model_fields[name]
             chosen = getattr(self, chooser)
             neutral = field.get_default(call_default_factory=True, validated_data={chooser: chosen})

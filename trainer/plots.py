@@ -46,7 +46,7 @@ def raster(figure: Figure) -> npt.NDArray[np.uint8]:
 
 def curves(history: History, title: str) -> Figure:
     """Loss and accuracy of every epoch, in training and validation as far as the history has them."""
-    figure = _figure(10, 4.4, title)
+    figure = new_figure(10, 4.4, title)
     loss, accuracy = figure.subplots(1, 2)
     parts = [("train", "training", BLUE, "o", "-"), ("validation", "validation", VERMILION, "s", "--")]
     epochs = range(1, len(history) + 1)
@@ -75,7 +75,9 @@ def confusion_matrix(confusion: Counts, labels: Sequence[str], title: str) -> Fi
     """Counts by true and predicted class [classes, classes]; the colour is of the mistakes alone, by their share."""
     right, n = int(confusion.trace()), int(confusion.sum())
     low, high = scores.wilson(right, n)
-    figure = _figure(9, 8, f"{title}\n{right:,} of {n:,} right: {right / n:.2%}, 95 % interval {low:.2%} to {high:.2%}")
+    figure = new_figure(
+        9, 8, f"{title}\n{right:,} of {n:,} right: {right / n:.2%}, 95 % interval {low:.2%} to {high:.2%}"
+    )
     axes = figure.add_subplot()
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     mistakes = np.ma.masked_array(share, mask=np.eye(len(labels), dtype=bool))
@@ -117,7 +119,7 @@ def worst_mistakes(
     if len(shown):
         count += f", the worst {len(shown)} shown"
     rows = max(1, -(-len(shown) // MISTAKES_COLUMNS))
-    figure = _figure(10, 1 + 2.3 * rows, f"{title}\n{count}")
+    figure = new_figure(10, 1 + 2.3 * rows, f"{title}\n{count}")
     for axes in figure.subplots(rows, MISTAKES_COLUMNS, squeeze=False).flat:
         axes.set_axis_off()
     for axes, index in zip(figure.axes, shown, strict=False):
@@ -133,7 +135,7 @@ def worst_mistakes(
 def reliability(calibration: Calibration, title: str) -> Figure:
     """How often the network is right against how sure it says it is, and how many images each bin holds."""
     n = int(calibration.counts.sum())
-    figure = _figure(7.5, 8, f"{title}\nexpected calibration error {calibration.error:.2%}, {n:,} images")
+    figure = new_figure(7.5, 8, f"{title}\nexpected calibration error {calibration.error:.2%}, {n:,} images")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = len(calibration.counts)
     filled = calibration.counts > 0
@@ -161,7 +163,7 @@ def first_layer_filters(filters: Floats, title: str) -> Figure:
     """The filters [filters, height, width] side by side, on one scale."""
     columns = min(8, len(filters))
     rows = -(-min(len(filters), MAPS_SHOWN) // columns)
-    figure = _figure(9, 1.2 + 0.9 * rows, title)
+    figure = new_figure(9, 1.2 + 0.9 * rows, title)
     _tiles(figure.add_subplot(), filters, columns, _shape(filters, "filters"))
     return figure
 
@@ -184,7 +186,7 @@ def feature_maps(
     """
     rows = [-(-min(len(found), MAPS_SHOWN) // MAPS_COLUMNS) for found in maps.values()]
     heights = [2.2, *(0.6 + 0.72 * count for count in rows)]
-    figure = _figure(12, 0.6 + sum(heights), title)
+    figure = new_figure(12, 0.6 + sum(heights), title)
     top, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat
     left, right = top.subplots(1, 2, width_ratios=(1, 3))
     _image(left, image)
@@ -213,7 +215,7 @@ def comparison(
         costs: what is measured, with its unit -> one number a variant.
         title: of the picture.
     """
-    figure = _figure(6.5 + 2.6 * len(costs), 1.9 + 0.55 * len(names), title)
+    figure = new_figure(6.5 + 2.6 * len(costs), 1.9 + 0.55 * len(names), title)
     left, *others = figure.subplots(1, 1 + len(costs), sharey=True, width_ratios=(2, *[1] * len(costs)), squeeze=False)[
         0
     ]
@@ -298,7 +300,8 @@ def _image(axes: Axes, image: npt.NDArray[np.uint8]) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
-def _figure(width_in: float, height_in: float, title: str) -> Figure:
+def new_figure(width_in: float, height_in: float, title: str) -> Figure:
+    """An empty picture with a title."""
     figure = Figure(figsize=(width_in, height_in), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=13)
     return figure

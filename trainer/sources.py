@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +78,20 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not the manifest of an exported version: it has no training options")
     check_keys(TrainConfig, values, file)
     return values
+
+
+def as_toml(config: TrainConfig, comments: Iterable[str] = ()) -> str:
+    """A recipe that gives `config` wherever it runs: the data set, and each option that is not at its default.
+
+    Args:
+        config: what to write; its `device` and `stream` are left out.
+        comments: lines to begin with.
+    """
+    values = config.model_dump(mode="json")
+    lines = [f"# {comment}" for comment in comments]
+    for name, field in TrainConfig.model_fields.items():
+        default = field.get_default(call_default_factory=True, validated_data=config.model_dump())
+        if name == "dataset" or (getattr(config, name) != default and name not in ("device", "stream")):
+            # JSON's texts, numbers and lists of these are TOML's.
+            lines.append(f"{name} = {json.dumps(values[name], ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
