@@ -10,14 +10,17 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import serving.loading
+from serving.backends import Backend
 from serving.backends.cuda import device_problem
 from serving.bundle import MANIFEST, Bundle, open_bundle
 from serving.config import ServerConfig
@@ -168,6 +171,46 @@ def running(repository: Path, **settings: object) -> Iterator[Running]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+class Held:
+    """A backend that runs only while it is let go, and counts its runs."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.released = threading.Event()
+        self.started = threading.Event()
+        self.runs = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.started.set()
+        assert self.released.wait(30)
+        self.runs += 1
+        return self._backend.run(inputs)
+
+
+@contextlib.contextmanager
+def holding(repository: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Iterator[tuple[Running, Held]]:
+    """As `running`, with a model that is held, and its backend; let go at the end."""
+    opened: list[Held] = []
+    real = serving.loading.open_backend
+
+    def hold(*arguments: Any) -> Held:
+        opened.append(Held(real(*arguments)))
+        opened[0].released.set()  # for the golden check
+        return opened[0]
+
+    monkeypatch.setattr(serving.loading, "open_backend", hold)
+    with running(repository, **settings) as server:
+        (backend,) = opened
+        backend.released.clear()
+        backend.started.clear()
+        backend.runs = 0
+        yield server, backend
+        backend.released.set()
 
 
 @pytest.fixture(scope="session")

@@ -21,14 +21,12 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from conftest import MODEL, edit_manifest, running
+from conftest import MODEL, edit_manifest, holding, running
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 from test_parity import change_weight
-from test_server import Held
 
-import serving.loading
 from protos import classifier_pb2 as pb
 from protos import open_inference as oip
 from serving.errors import StartupError
@@ -241,21 +239,9 @@ def test_a_model_that_was_unloaded_is_not_shown(repository):
 
 @pytest.fixture
 def held(repository, monkeypatch):
-    """A server whose model is held, with room for a few requests: (the server, the backend)."""
-    opened = []
-    real = serving.loading.open_backend
-
-    def hold(*arguments):
-        opened.append(Held(real(*arguments)))
-        opened[0].released.set()  # for the golden check
-        return opened[0]
-
-    monkeypatch.setattr(serving.loading, "open_backend", hold)
-    with running(repository, metrics_port=0, max_queue=6) as server:
-        opened[0].released.clear()
-        opened[0].started.clear()
-        yield server, opened[0]
-        opened[0].released.set()
+    """A server whose model is held, with room for a few requests, and the backend."""
+    with holding(repository, monkeypatch, metrics_port=0, max_queue=6) as both:
+        yield both
 
 
 def test_the_queue_and_what_is_dropped_from_it(held):

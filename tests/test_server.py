@@ -3,7 +3,6 @@
 import asyncio
 import io
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +10,7 @@ import grpc
 import numpy as np
 import onnx
 import pytest
-from conftest import MODEL, edit_manifest, rehash, running
+from conftest import MODEL, edit_manifest, holding, rehash, running
 from google.protobuf import descriptor_pool, message_factory
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,7 +18,6 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from PIL import Image
 from test_parity import change_weight
 
-import serving.loading
 from protos import classifier_pb2 as pb
 from protos import classifier_pb2_grpc
 from protos import open_inference as pb_oip
@@ -266,44 +264,11 @@ def test_garbage_instead_of_a_message_is_refused(served, stub):
     assert len(stub.Predict(raw(GREY)).predictions) == 2
 
 
-class Held:
-    """A backend that runs only while it is let go, and counts its runs."""
-
-    def __init__(self, backend):
-        self._backend = backend
-        self.released = threading.Event()
-        self.started = threading.Event()
-        self.runs = 0
-
-    def __getattr__(self, name):
-        return getattr(self._backend, name)
-
-    def run(self, inputs):
-        self.started.set()
-        assert self.released.wait(30)
-        self.runs += 1
-        return self._backend.run(inputs)
-
-
 @pytest.fixture
 def held(repository, monkeypatch):
-    """A server whose model is held: (its address, the backend)."""
-    opened = []
-    real = serving.loading.open_backend
-
-    def hold(*arguments):
-        opened.append(Held(real(*arguments)))
-        opened[0].released.set()  # for the golden check
-        return opened[0]
-
-    monkeypatch.setattr(serving.loading, "open_backend", hold)
-    with running(repository, max_queue=1, drain_s=10.0) as server:
-        backend = opened[0]
-        backend.released.clear()
-        backend.started.clear()
-        backend.runs = 0
-        yield server, backend
-        backend.released.set()
+    """A server whose model is held, and the backend."""
+    with holding(repository, monkeypatch, max_queue=1, drain_s=10.0) as both:
+        yield both
 
 
 def test_a_full_queue_refuses_at_once(held):
@@ -320,6 +285,28 @@ def test_a_full_queue_refuses_at_once(held):
         backend.released.set()
         assert len(first.result().predictions) == 2
         assert len(client.predict(GREY).predictions) == 2
+
+
+def test_where_one_model_is_full_requests_are_refused_unread(held):
+    server, backend = held
+    with (
+        grpc.insecure_channel(server.address) as channel,
+        ThreadPoolExecutor(1) as pool,
+        Client(server.address) as client,
+    ):
+        first = pool.submit(client.predict, GREY)
+        assert backend.started.wait(10)
+        infer = channel.unary_unary(pb_oip.RPCS["ModelInfer"].path)
+        with pytest.raises(grpc.RpcError) as refused:
+            infer(b"not a request")
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert _retry_s(refused.value) > 0
+        assert client.models()[0].version == "1"  # what needs no room is answered
+        backend.released.set()
+        first.result()
+        with pytest.raises(grpc.RpcError) as refused:
+            infer(b"not a request")
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def _retry_s(refused):
@@ -357,32 +344,24 @@ def health_or_none(address: str) -> int | None:
 
 def test_a_passed_deadline_is_told(repository, monkeypatch):
     """By the protocol's own timeout, since the caller's deadline ends the call at the caller's side."""
-    real = serving.loading.open_backend
-    opened = []
-    monkeypatch.setattr(serving.loading, "open_backend", lambda *a: opened.append(Held(real(*a))) or opened[0])
-    threading.Timer(0.1, lambda: opened[0].released.set()).start()
     with (
-        running(repository) as server,
+        holding(repository, monkeypatch) as (server, backend),
         grpc.insecure_channel(server.address) as channel,
         Client(server.address) as other,
+        ThreadPoolExecutor(2) as pool,
     ):
-        backend = opened[0]
-        backend.released.clear()
-        backend.started.clear()
-        backend.runs = 0
-        with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(other.predict, GREY)
-            assert backend.started.wait(10)
-            request = pb_oip.ModelInferRequest(model_name=MODEL)
-            request.inputs.add(name="image", datatype="UINT8", shape=GREY.shape)
-            request.raw_input_contents.append(GREY.tobytes())
-            request.parameters["timeout"].int64_param = 1000  # microseconds
-            late = pool.submit(channel.unary_unary(pb_oip.RPCS["ModelInfer"].path), request.SerializeToString())
-            time.sleep(0.2)  # the deadline must pass while the request waits
-            backend.released.set()
-            with pytest.raises(grpc.RpcError) as raised:
-                late.result()
-            first.result()
+        first = pool.submit(other.predict, GREY)
+        assert backend.started.wait(10)
+        request = pb_oip.ModelInferRequest(model_name=MODEL)
+        request.inputs.add(name="image", datatype="UINT8", shape=GREY.shape)
+        request.raw_input_contents.append(GREY.tobytes())
+        request.parameters["timeout"].int64_param = 1000  # microseconds
+        late = pool.submit(channel.unary_unary(pb_oip.RPCS["ModelInfer"].path), request.SerializeToString())
+        time.sleep(0.2)  # the deadline must pass while the request waits
+        backend.released.set()
+        with pytest.raises(grpc.RpcError) as raised:
+            late.result()
+        first.result()
     assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert raised.value.details() == "model fashion-mnist: the deadline passed before the model ran"
     assert backend.runs == 1

@@ -11,14 +11,13 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc
-from conftest import MODEL, edit_manifest, running
+from conftest import MODEL, edit_manifest, holding, running
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from test_server import Held, change_one_weight, flip_byte
+from test_server import change_one_weight, flip_byte
 from test_triton_client import plain, sum_of_two, tensor
 from tritonclient.utils import InferenceServerException
 from versions_load import PATIENCE_S, Clients, publish
 
-import serving.loading
 from serving.bundle import ONNX
 from serving.client import Client
 from serving.config import ServerConfig
@@ -254,21 +253,8 @@ def test_a_bad_version_that_is_mended_is_served(root, source, bundle):
 @pytest.fixture
 def held(root, monkeypatch):
     """A server whose model runs only while it is let go, and that backend."""
-    opened = []
-    real = serving.loading.open_backend
-
-    def hold(*arguments):
-        opened.append(Held(real(*arguments)))
-        opened[0].released.set()  # for the golden check
-        return opened[0]
-
-    monkeypatch.setattr(serving.loading, "open_backend", hold)
-    with running(root, model_control="explicit", models=(MODEL,), max_queue=4) as server:
-        backend = opened[0]
-        backend.released.clear()
-        backend.started.clear()
-        yield server, backend
-        backend.released.set()
+    with holding(root, monkeypatch, model_control="explicit", models=(MODEL,), max_queue=4) as both:
+        yield both
 
 
 def test_an_unloaded_model_answers_what_waits_and_nothing_new(held):
