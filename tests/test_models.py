@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from trainer.config import PRESETS, NetworkConfig
-from trainer.models import Deployed, Network, count_parameters
+from trainer.models import Deployed, MaxPool2d, Network, count_parameters
 from trainer.train import build
 
 # Between them they use every option of the form with each of its choices.
@@ -88,6 +88,17 @@ def test_the_form_decides_the_layers():
 def test_the_form_decides_the_shape_of_the_features(form, features):
     network = Network(NetworkConfig(**form))
     assert network.features(images(2).float()).shape[1:] == features
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("pixels", [(8, 8), (11, 7)])
+def test_pooling_gives_the_maxima_with_and_without_a_gradient(size, pixels):
+    features = torch.randn(2, 3, *pixels, generator=torch.Generator().manual_seed(0))
+    pool = MaxPool2d(size).train()
+    want = torch.nn.functional.max_pool2d(features, size)
+    assert torch.equal(pool(features), want)
+    assert torch.equal(pool(features.clone().requires_grad_()), want)
+    assert torch.equal(pool.eval()(features), want)
 
 
 def test_the_activation_is_the_one_asked_for():

@@ -148,6 +148,11 @@ def test_versions_from_before_networks_had_options_are_the_cnn():
         ({"momentum": 0.9}, "--momentum is for --optimiser sgd or rmsprop, which is adamw here"),
         ({"nesterov": True}, "--nesterov is for --optimiser sgd, which is adamw here"),
         ({"optimiser": "sgd", "momentum": 0, "nesterov": True}, "--nesterov needs a --momentum above 0"),
+        ({"network": "mlp", "stem": "frozen"}, "--stem has nothing to act on where --channels are none"),
+        (
+            {"hardest": 0.5, "batch_norm": True},
+            "--hardest would give --batch-norm the statistics of the hardest images alone",
+        ),
         ({"alpha": 0.9}, "--alpha is for --optimiser rmsprop, which is adamw here"),
         ({"centered": True}, "--centered is for --optimiser rmsprop, which is adamw here"),
         ({"optimiser": "sgd", "beta1": 0.8}, "--beta1 is for --optimiser adam or adamw, which is sgd here"),

@@ -13,6 +13,7 @@ from serving.memory import glibc
 from trainer import devices, memory, runs, train
 from trainer.config import TrainConfig
 from trainer.data import DATASETS, Split
+from trainer.processes import ALONE, Processes
 from trainer.train import Training, build
 
 PIXELS = {"mean": 72.9, "std": 90.0}
@@ -327,6 +328,101 @@ def test_training_accuracy_is_counted(sample):
     fitting, _ = runs.divide(sample[0], options())
     want = train.evaluate(network, fitting.take(torch.arange(200)))[1]
     assert training.history[0].train_accuracy == pytest.approx(want)
+
+
+def test_the_first_convolution_can_be_left_as_it_was_drawn(sample):
+    """And everything behind it learns as if the first convolution were a part of the data."""
+    config = options(**PLAIN, stem="frozen", shuffle=False, channels=(4, 6), pool=2)
+    network, _ = trained(sample, config)
+    drawn = build(config, 0, **PIXELS)
+    first = ("features.0.weight", "features.0.bias")
+    same = {name for name, value in network.state_dict().items() if torch.equal(value, drawn.state_dict()[name])}
+    assert same == {*first, "mean", "std"}
+    plain = build(config, 0, **PIXELS)
+    fitting, _ = runs.divide(sample[0], config)
+    for indices in in_order(50)(200):
+        loss = functional.cross_entropy(plain(fitting.images[indices]), fitting.labels[indices])
+        plain.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                if name not in first:
+                    parameter -= config.learning_rate * parameter.grad
+    assert torch.allclose(weights(network), weights(plain), atol=1e-6)
+
+
+def test_a_whitened_stem_decorrelates_the_pixels(sample):
+    """Its first outputs are the principal components, in order and of the same variance."""
+    config = options(stem="whitened", channels=(20, 4), pool=2)
+    network, _ = trained(sample, config)
+    fitting, _ = runs.divide(sample[0], config)
+    first = network.features[0]
+    assert not torch.any(first.bias)
+    images = network.normalise(fitting.images[:200])
+    outputs = first(images).movedim(1, 0).flatten(1)[:9]
+    products = outputs @ outputs.T / outputs.shape[1]
+    patches = images.unfold(2, 3, 1).unfold(3, 3, 1).reshape(-1, 9)
+    variances = torch.linalg.eigvalsh(patches.T @ patches / len(patches)).flip(0)
+    want = variances / (variances + 0.01)  # nearly 1, but for the smallest, which are held back
+    assert want[0] > 0.99
+    assert torch.allclose(products, torch.diag(want), atol=1e-3)
+    assert torch.equal(first.weight[9:18], -first.weight[:9])
+
+
+def test_an_epoch_of_fewer_images_goes_on_with_the_others(sample):
+    config = options(epoch_images=80, epochs=5, batch_size=40)
+    seen = []
+    network = build(config, 0, **PIXELS)
+    fitting, validation = runs.divide(sample[0], config)
+    training = Training(network, fitting.take(torch.arange(200)), validation, config)
+    training._batch = lambda indices: seen.append(indices) or Training._batch(training, indices)
+    for _ in training.epochs():
+        pass
+    order = torch.cat(seen)
+    assert len(order) == 400
+    assert sorted(order[:200].tolist()) == sorted(order[200:].tolist()) == list(range(200))
+    assert [metrics.train_loss > 0 for metrics in training.history] == [True] * 5
+
+
+def test_the_hardest_images_are_learned_from(sample):
+    """The first epoch learns from all; later steps see twice as many, and learn from the worse half."""
+    config = options(**PLAIN, hardest=0.5, epochs=2, shuffle=False)
+    network, training = trained(sample, config)
+    plain = build(config, 0, **PIXELS)
+    fitting, _ = runs.divide(sample[0], config)
+    losses = []
+
+    def step(batch):
+        loss = functional.cross_entropy(plain(batch.images), batch.labels)
+        plain.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter -= config.learning_rate * parameter.grad
+
+    for indices in in_order(50)(200):
+        step(fitting.take(indices))
+    for indices in in_order(100)(200):
+        batch = fitting.take(indices)
+        each = functional.cross_entropy(plain(batch.images), batch.labels, reduction="none").detach()
+        losses.append(each)
+        step(batch.take(each.topk(50).indices))
+    assert torch.allclose(weights(network), weights(plain), atol=1e-6)
+    assert training.history[1].train_loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)  # of all
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "problem"),
+    [
+        ({"epoch_images": 201}, ALONE, "--epoch-images: got 201, want at most 200"),
+        ({"hardest": 0.5}, Processes(0, 2), "--hardest compares all images of a step, and 2 processes share them here"),
+    ],
+)
+def test_what_cannot_be_done_with_these_images(sample, changes, processes, problem):
+    config = options(**changes)
+    fitting, _ = runs.divide(sample[0], config)
+    with pytest.raises(ValueError, match=problem):
+        Training(build(config, 0, **PIXELS), fitting.take(torch.arange(200)), None, config, processes=processes)
 
 
 def test_memory_of_activations_is_kept():

@@ -254,7 +254,7 @@ def _train(name: str, config: TrainConfig, train: Split, test: Split | None, wat
         test_accuracy=None if test is None else evaluate(network, test.to(prepared.device))[1],
         epochs=epochs,
         seconds=seconds,
-        images_per_s=epochs * len(prepared.fitting) / seconds,
+        images_per_s=epochs * prepared.training.epoch_images / seconds,
     )
 
 

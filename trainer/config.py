@@ -157,10 +157,21 @@ class TrainConfig(NetworkConfig):
         le=100_000,
         description=f"passes over the training set (default: {_told(DEFAULT_EPOCHS)})",
     )
+    epoch_images: int = Field(
+        0, ge=0, description="images of one pass, the next of which goes on with the others; 0 for all"
+    )
     batch_size: int = Field(
         128, ge=1, le=60_000, description="images in one step: 1 for stochastic, 60000 for the full set"
     )
     shuffle: bool = Field(True, description="another order of the images in every epoch")
+
+    hardest: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="from the second epoch on, learn from this share of the images alone: in each step, of 1/share "
+        "times as many, those with the largest losses",
+    )
 
     optimiser: Literal["sgd", "rmsprop", "adam", "adamw"] = Field("adamw", description="what makes steps of gradients")
     learning_rate: float = Field(
@@ -215,6 +226,11 @@ class TrainConfig(NetworkConfig):
         "lecun-uniform",
         "lecun-normal",
     ] = Field("default", description="initial weights; biases start at 0, but for torch's default")
+    stem: Literal["trained", "frozen", "whitened"] = Field(
+        "trained",
+        description="first convolution; frozen: left as it was drawn, for a third less work on a CPU; "
+        "whitened: made to decorrelate the pixels of the training images, and left so",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each label that is spread over all classes")
     shift: int = Field(0, ge=0, le=14, description="augmentation: move each image by up to so many pixels each way")
     flip: bool = Field(False, description="augmentation: mirror half of the images; fashion-mnist only")
@@ -252,6 +268,10 @@ class TrainConfig(NetworkConfig):
                     f"{flag(type(self), name)} is for {flag(type(self), chooser)} {' or '.join(choices)}, "
                     f"which is {chosen} here"
                 )
+        if self.stem != "trained" and not self.channels:
+            raise ValueError("--stem has nothing to act on where --channels are none")
+        if self.hardest < 1 and self.batch_norm:
+            raise ValueError("--hardest would give --batch-norm the statistics of the hardest images alone")
         if self.nesterov and not self.momentum:
             raise ValueError("--nesterov needs a --momentum above 0")
         if not self.validation_images:

@@ -41,11 +41,12 @@ def select_device(spec: str) -> tuple[torch.device, str]:
     return torch.device("cpu"), f"auto: {cuda_problem}"
 
 
-def set_deterministic(deterministic: bool = True) -> None:
+def set_deterministic(deterministic: bool = True, compiled: bool = False) -> None:
     """Have torch use, in the whole process, fp32 without TF32, and algorithms that give the same bits every time.
 
     Args:
         deterministic: without, torch may use TF32 and pick the fastest algorithms of the moment.
+        compiled: whether the network will be compiled; the compiler has to be told too, and takes seconds to import.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
@@ -55,7 +56,10 @@ def set_deterministic(deterministic: bool = True) -> None:
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # missing in the stubs
     torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]  # missing in the stubs
-    torch.use_deterministic_algorithms(deterministic)
+    if compiled:
+        torch.use_deterministic_algorithms(deterministic)
+    else:
+        torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Nothing here reads what it has not written, so new memory need not be filled.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # missing in the stubs
     torch.backends.cudnn.benchmark = not deterministic

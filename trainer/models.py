@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from trainer.config import CLASSES, NetworkConfig
 
@@ -15,6 +16,21 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """Max-pooling that is quick where no gradient will go through it in training, as after a frozen convolution.
+
+    torch's own always notes where each maximum was.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As torch's."""
+        if not self.training or x.requires_grad or self.kernel_size != 2:
+            return functional.max_pool2d(x, self.kernel_size)
+        height, width = (size // 2 * 2 for size in x.shape[2:])
+        rows = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
+        return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
 
 
 class Network(nn.Module):
@@ -39,9 +55,12 @@ class Network(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Logits float32 [N, 10], unnormalised, of images uint8 [N, 1, 28, 28]."""
-        normalised = (image.to(torch.float32) - self.mean) / self.std
-        logits: torch.Tensor = self.classifier(self.features(normalised))
+        logits: torch.Tensor = self.classifier(self.features(self.normalise(image)))
         return logits
+
+    def normalise(self, image: torch.Tensor) -> torch.Tensor:
+        """What the first layer gets: float32 [N, 1, 28, 28]."""
+        return (image.to(torch.float32) - self.mean) / self.std
 
 
 def _features(config: NetworkConfig) -> tuple[list[nn.Module], int]:
@@ -57,7 +76,7 @@ def _features(config: NetworkConfig) -> tuple[list[nn.Module], int]:
                 layers.append(nn.BatchNorm2d(channels))
             # Before the activation: the same numbers where that is monotonic, as the default is, for less work.
             if last and config.pool > 1:
-                layers.append(nn.MaxPool2d(config.pool))
+                layers.append(MaxPool2d(config.pool))
             layers.append(_ACTIVATIONS[config.activation]())
     if config.global_pool:
         return [*layers, nn.AdaptiveAvgPool2d(1)], width
@@ -98,5 +117,5 @@ class Deployed(nn.Module):
 
 
 def count_parameters(network: nn.Module) -> int:
-    """How many numbers training adjusts."""
-    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    """How many numbers a network learns; those that one training leaves as they are count too."""
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -15,6 +15,9 @@ from trainer.config import TrainConfig
 ONECYCLE_START = 1 / 25
 ONECYCLE_END = ONECYCLE_START / 1e4
 
+WHITENING_IMAGES = 1000
+WHITENING_EPS = 1e-2  # added to variances, of pixels whose own is 1: the smallest components are noise
+
 
 def initialise(network: nn.Module, init: str) -> None:
     """Draw the weights of convolutions and linear layers anew, from torch's global generator; biases become 0.
@@ -43,6 +46,30 @@ def initialise(network: nn.Module, init: str) -> None:
             nn.init.zeros_(layer.bias)
 
 
+@torch.no_grad()
+def whiten(layer: nn.Conv2d, images: torch.Tensor, generator: torch.Generator) -> None:
+    """Set a convolution's weights so that its outputs are decorrelated, with a variance of 1; biases become 0.
+
+    The filters are the principal components of the images' patches, each divided by its deviation; the same with the
+    other sign, since what follows cuts off the negative; and random mixtures of them.
+
+    Args:
+        layer: of one input channel.
+        images: float32 [N, 1, H, W], as the layer gets them.
+        generator: on the CPU, for the mixtures.
+    """
+    side, count = layer.kernel_size[0], layer.out_channels
+    patches = images.unfold(2, side, 1).unfold(3, side, 1).reshape(-1, side * side).cpu()
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    components = (vectors / (values + WHITENING_EPS).sqrt()).T.flip(0)  # the largest first
+    mixtures = torch.randn(count, side * side, generator=generator)
+    mixtures = mixtures / mixtures.norm(dim=1, keepdim=True) @ components
+    filters = torch.cat([components, -components, mixtures])[:count]
+    layer.weight.copy_(filters.reshape(layer.weight.shape))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 def make_optimiser(
     parameters: Iterable[nn.Parameter], config: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
@@ -61,13 +88,18 @@ def make_optimiser(
             return kind(parameters, betas=(config.beta1, config.beta2), eps=config.eps, **arguments, **fused)
 
 
-def rate_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """What the largest learning rate is multiplied by at a step, counted from 0; 1 for `constant` and `plateau`."""
+def rate_factor(config: TrainConfig, step: int, steps_per_epoch: int, in_first: int | None = None) -> float:
+    """What the largest learning rate is multiplied by at a step, counted from 0; 1 for `constant` and `plateau`.
+
+    `in_first` is the number of steps in the first epoch, where it has another than the rest.
+    """
+    in_first = in_first or steps_per_epoch
     if config.schedule == "step":
-        return float(config.decay ** (step // steps_per_epoch // config.step_epochs))
+        epoch = 0 if step < in_first else 1 + (step - in_first) // steps_per_epoch
+        return float(config.decay ** (epoch // config.step_epochs))
     if config.schedule not in ("cosine", "onecycle"):
         return 1.0
-    steps = config.epochs * steps_per_epoch
+    steps = in_first + (config.epochs - 1) * steps_per_epoch
     peak = max(0.0, config.warm_up * steps - 1)  # the step with the largest rate
     if step < peak:
         return ONECYCLE_START + (1 - ONECYCLE_START) * step / peak
@@ -81,8 +113,16 @@ def rate_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
 class Schedule:
     """Sets an optimiser's learning rate before every step."""
 
-    def __init__(self, optimiser: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> None:
-        self._optimiser, self._config, self._steps_per_epoch = optimiser, config, steps_per_epoch
+    def __init__(
+        self,
+        optimiser: torch.optim.Optimizer,
+        config: TrainConfig,
+        steps_per_epoch: int,
+        in_first: int | None = None,
+    ) -> None:
+        """As `rate_factor`."""
+        self._optimiser, self._config = optimiser, config
+        self._steps = (steps_per_epoch, in_first)
         self._plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         if config.schedule == "plateau":
             self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -97,7 +137,7 @@ class Schedule:
     def before_step(self, step: int) -> None:
         """Set the rate of a step, counted from 0 over all epochs."""
         if self._plateau is None:
-            rate = self._config.learning_rate * rate_factor(self._config, step, self._steps_per_epoch)
+            rate = self._config.learning_rate * rate_factor(self._config, step, *self._steps)
             for group in self._optimiser.param_groups:
                 group["lr"] = rate
 
@@ -126,6 +166,11 @@ def penalty(weights: Sequence[torch.Tensor], l1: float, l2: float) -> torch.Tens
     return total
 
 
+def trained(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
 def penalised(network: nn.Module) -> list[torch.Tensor]:
     """The weights that a penalty counts: those of convolutions and linear layers; neither biases nor scales."""
-    return [parameter for parameter in network.parameters() if parameter.dim() > 1]
+    return [parameter for parameter in trained(network) if parameter.dim() > 1]

@@ -90,7 +90,7 @@ def run(
     training, network, device = prepared.training, prepared.network, prepared.device
     if state is not None:
         training.load_state_dict(state)
-    watcher.on_start(network, device, prepared.why, len(training.history), len(prepared.fitting))
+    watcher.on_start(network, device, prepared.why, len(training.history), training.epoch_images)
     for metrics in training.epochs():
         _save_epoch(training, config, files, processes)
         watcher.on_epoch(metrics)
@@ -118,7 +118,7 @@ def prepare(
         ValueError: there are fewer images than asked for.
     """
     device, why = select_device(device_spec(config.device, processes))
-    set_deterministic(config.deterministic)
+    set_deterministic(config.deterministic, config.compile)
     fitting, validation = divide(train, config)
     fitting, validation = place(fitting, device, config.stream), validation and validation.to(device)
     pixels = pixel_statistics(config, data.DATASETS[config.dataset])

@@ -196,7 +196,7 @@ class Search:
         except ValueError as error:  # without an accuracy it counts as worse than any: so the sampler learns
             return TrialState.PRUNED, None, str(error)
         training = prepared.training
-        watcher.on_start(trial.number, config.epochs * len(prepared.fitting))
+        watcher.on_start(trial.number, config.epochs * prepared.training.epoch_images)
         try:
             for metrics in training.epochs():
                 assert metrics.validation_accuracy is not None, "a plan has validation images"

@@ -93,26 +93,31 @@ class Training:
             processes: that train together; the global batch is `config.batch_size` however many there are.
 
         Raises:
-            ValueError: batch normalisation would be given a batch of one image.
+            ValueError: batch normalisation would be given a batch of one image, there are fewer images than an epoch
+                is to have, or several processes are to find the hardest.
         """
+        self.epoch_images = config.epoch_images or len(train)
+        _check(len(train), self.epoch_images, config, processes.count)
         self._network, self._train, self._validation, self._config = network, train, validation, config
         self._on_step, self._processes = on_step, processes
         self._device = network.mean.device
         if not config.channels_last:
             network.to(memory_format=torch.contiguous_format)
+        if config.stem != "trained":
+            self._freeze_stem()
         torch.manual_seed(config.seed + processes.rank)
         # The order is drawn on the CPU, and by every process alike: the same on every device, for any number of them.
         self._order = torch.Generator().manual_seed(config.seed)
         self._changes = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
-        if config.batch_norm:
-            _check_batches(len(train), config.batch_size, processes.count)
         model = processes.wrap(network)
         self._model = cast(nn.Module, torch.compile(model)) if config.compile else model
         self._average = Average(network, config.ema) if config.ema else None
         self._penalised = optim.penalised(network)
-        self._optimiser = optim.make_optimiser(network.parameters(), config, self._device)
-        self._steps = -(-len(train) // config.batch_size)
-        self._schedule = optim.Schedule(self._optimiser, config, self._steps)
+        self._optimiser = optim.make_optimiser(optim.trained(network), config, self._device)
+        self._left = torch.empty(0, dtype=torch.int64)  # in the order drawn, the images that no epoch has had yet
+        steps = [-(-self.epoch_images // self._batch_size(epoch)) for epoch in (0, 1)]
+        self._first_steps, self._steps = steps
+        self._schedule = optim.Schedule(self._optimiser, config, self._steps, self._first_steps)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.precision == "fp16")
         self._best_weights: dict[str, torch.Tensor] | None = None
         self.history: list[EpochMetrics] = []
@@ -151,6 +156,7 @@ class Training:
             "best_epoch": self.best_epoch,
             "history": [asdict(metrics) for metrics in self.history],
             "random": self._processes.gather(self._random_state()),
+            "left": self._left,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,6 +169,7 @@ class Training:
             self._average.load_state_dict(state["average"])
         self._best_weights, self.best_epoch = state["best_weights"], state["best_epoch"]
         self.history = [EpochMetrics(**metrics) for metrics in state["history"]]
+        self._left = state["left"]
         random = state["random"][self._processes.rank]
         self._order.set_state(random["order"])
         self._changes.set_state(random["changes"])
@@ -186,13 +193,12 @@ class Training:
 
     def _epoch(self) -> EpochMetrics:
         start = time.perf_counter()
-        images = len(self._train)
+        images, epoch = self.epoch_images, len(self.history)
         self._network.train()
-        order = torch.randperm(images, generator=self._order) if self._config.shuffle else torch.arange(images)
         # Summed on the device: reading the loss at every step would wait for it.
         totals = torch.zeros(2, device=self._device)
-        step = len(self.history) * self._steps
-        for indices in order.to(self._train.labels.device).split(self._config.batch_size):
+        step = self._first_steps + (epoch - 1) * self._steps if epoch else 0
+        for indices in self._next_images().to(self._train.labels.device).split(self._batch_size(epoch)):
             self._schedule.before_step(step)
             self._step(indices, totals)
             step += 1
@@ -203,7 +209,7 @@ class Training:
         validation = evaluate(self._measured, self._validation, self._processes) if self._validation else (None, None)
         self._schedule.after_epoch(validation[0])
         metrics = EpochMetrics(
-            epoch=len(self.history) + 1,
+            epoch=epoch + 1,
             train_loss=loss / images,
             train_accuracy=correct / images,
             validation_loss=validation[0],
@@ -221,13 +227,17 @@ class Training:
         images, labels = self._batch(self._processes.share(indices))
         if config.flip or config.shift or config.erase:
             images = augment.augment(images, config, self._changes)
+        size, choosing = len(indices), config.hardest < 1 and bool(self.history)
+        if choosing:
+            images, labels = self._hardest(images, labels, totals)
+            size = len(labels)
         with self._precision():
             logits = self._model(images)
         summed = functional.cross_entropy(
             logits.float(), labels, reduction="sum", label_smoothing=config.label_smoothing
         )
         # The processes' gradients are averaged: so each loss is that of its images, as if there were as many of all.
-        loss = summed * (self._processes.count / len(indices))
+        loss = summed * (self._processes.count / size)
         if config.l1 or config.l2:
             loss = loss + optim.penalty(self._penalised, config.l1, config.l2)
         self._optimiser.zero_grad()
@@ -239,7 +249,45 @@ class Training:
         self._scaler.update()
         if self._average:
             self._average.update()
-        totals += torch.stack([summed.detach(), (logits.detach().argmax(1) == labels).sum()])
+        if not choosing:
+            totals += torch.stack([summed.detach(), (logits.detach().argmax(1) == labels).sum()])
+
+    @torch.no_grad()
+    def _hardest(
+        self, images: torch.Tensor, labels: torch.Tensor, totals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a batch, the share with the largest losses; adds the loss and right answers of all to `totals`."""
+        config = self._config
+        with self._precision():
+            logits = self._model(images)
+        losses = functional.cross_entropy(
+            logits.float(), labels, reduction="none", label_smoothing=config.label_smoothing
+        )
+        totals += torch.stack([losses.sum(), (logits.argmax(1) == labels).sum()])
+        chosen = losses.topk(max(1, round(config.hardest * len(labels)))).indices
+        return images[chosen], labels[chosen]
+
+    def _batch_size(self, epoch: int) -> int:
+        """How many images a step looks at, in an epoch counted from 0."""
+        return round(self._config.batch_size / self._config.hardest) if epoch else self._config.batch_size
+
+    def _next_images(self) -> torch.Tensor:
+        """The images of the next epoch, in their order: int64 [epoch_images]."""
+        images = len(self._train)
+        while len(self._left) < self.epoch_images:
+            order = torch.randperm(images, generator=self._order) if self._config.shuffle else torch.arange(images)
+            self._left = torch.cat([self._left, order])
+        now, self._left = self._left[: self.epoch_images], self._left[self.epoch_images :].clone()
+        return now
+
+    def _freeze_stem(self) -> None:
+        """Have the first convolution as it is to stay."""
+        layer = next(layer for layer in self._network.features if isinstance(layer, nn.Conv2d))
+        layer.requires_grad_(False)
+        if self._config.stem == "whitened":
+            pixels = self._train.images[: optim.WHITENING_IMAGES].to(self._device)
+            generator = torch.Generator().manual_seed(self._config.seed)
+            optim.whiten(layer, self._network.normalise(pixels), generator)
 
     def _batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch = self._train.take(indices)
@@ -266,13 +314,18 @@ class Training:
                 self._best_weights = self.current()
 
 
-def _check_batches(images: int, batch_size: int, processes: int) -> None:
-    last = images % batch_size or batch_size
-    if min(last, images) // processes < 2:
+def _check(images: int, epoch_images: int, config: TrainConfig, processes: int) -> None:
+    """What only the number of images and processes tells; raises ValueError."""
+    if epoch_images > images:
+        raise ValueError(f"--epoch-images: got {epoch_images}, want at most {images}")
+    if config.hardest < 1 and processes > 1:
+        raise ValueError(f"--hardest compares all images of a step, and {processes} processes share them here")
+    last = epoch_images % config.batch_size or config.batch_size
+    if config.batch_norm and min(last, epoch_images) // processes < 2:
         shared = f", shared by {processes} processes" if processes > 1 else ""
         raise ValueError(
-            f"--batch-norm needs 2 images at least, and the last of {images} images are a batch of {last}{shared}; "
-            "choose another --batch-size"
+            f"--batch-norm needs 2 images at least, and the last of {epoch_images} images are a batch of "
+            f"{last}{shared}; choose another --batch-size"
         )
 
 
