@@ -20,14 +20,7 @@ The client raises the same RequestErrors that the server does.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-
 import grpc
-
-from serving import logs
-
-logger = logging.getLogger(__name__)
 
 
 class ParityserveError(Exception):
@@ -107,19 +100,6 @@ STATUS: dict[type[RequestError], grpc.StatusCode] = {
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
 }
-
-
-def to_status(error: Exception, about: Callable[[], logs.Fields]) -> tuple[grpc.StatusCode, str]:
-    """The status and text that a client gets for `error`; the log gets it with `about()`, what the request was.
-
-    Anything unexpected becomes INTERNAL without its text, which might tell secrets, and a traceback in the log.
-    """
-    if isinstance(error, RequestError):
-        code = next(code for kind, code in STATUS.items() if isinstance(error, kind))
-        logs.refused(code.name, str(error), about)
-        return code, str(error)
-    logger.error("unexpected error while answering a request", exc_info=error, extra={"fields": about()})
-    return grpc.StatusCode.INTERNAL, "internal error"
 
 
 def from_status(code: grpc.StatusCode, details: str) -> ParityserveError:

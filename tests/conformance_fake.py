@@ -15,7 +15,8 @@ from grpc_reflection.v1alpha import reflection
 
 from protos import open_inference as pb
 from serving import wire
-from serving.errors import InvalidArgument, NotFound, RequestError, to_status
+from serving.errors import InvalidArgument, NotFound, RequestError
+from serving.services.statuses import to_status
 from serving.shared_memory import unknown_region
 from serving.tensors import TensorSpec
 

@@ -301,7 +301,7 @@ def test_where_one_model_is_full_requests_are_refused_unread(held):
             infer(b"not a request")
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert _retry_s(refused.value) > 0
-        assert client.models()[0].version == "1"  # what needs no room is answered
+        assert client.list_models()[0].version == "1"  # what needs no room is answered
         backend.released.set()
         first.result()
         with pytest.raises(grpc.RpcError) as refused:

@@ -18,12 +18,13 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from serving import errors, logs
+from serving import logs
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, MessageTooLarge, Unavailable
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed
-from serving.services.gate import STOPPING, Gate, trailing_metadata
+from serving.services.gate import STOPPING, Gate
+from serving.services.statuses import to_status, trailing_metadata
 from serving.statistics import Rpcs, Stages
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -262,7 +263,7 @@ def _stream(
 
 async def _abort(context: Context, error: Exception, rpc: Rpc, data: bytes = b"") -> NoReturn:
     """End an RPC with the status of what its servicer raised: the only place that does so."""
-    code, details = errors.to_status(error, lambda: rpc.about(context, data))
+    code, details = to_status(error, lambda: rpc.about(context, data))
     rpc.ended(code.name)
     await context.abort(code, details, trailing_metadata(code, details, error))
     raise AssertionError("abort raises")

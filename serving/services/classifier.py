@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import classifier_pb2 as pb
-from serving import errors, images, logs
+from serving import images, logs
 from serving.bundle import Manifest
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, QueueFull
 from serving.repository import Repository, ServedModel, State, Status
 from serving.services import Context, Pending, ask, deadline, in_order
+from serving.services.statuses import to_status
 from serving.statistics import Rpcs, Stages
 from serving.tensors import Array, TensorSpec, shape_text
 
@@ -70,7 +71,7 @@ class ClassifierService:
         try:
             return pb.PredictStreamResponse(response=await self._predict(request, until))
         except Exception as error:
-            code, details = errors.to_status(error, lambda: logs.about(_STREAM, "", (), request.id))
+            code, details = to_status(error, lambda: logs.about(_STREAM, "", (), request.id))
             self._rpcs.stream_errors[_STREAM, code.name] += 1
             return pb.PredictStreamResponse(error=pb.Error(id=request.id, code=code.value[0], message=details))
 

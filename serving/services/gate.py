@@ -14,17 +14,13 @@ from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Generic, TypeVar
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
 
 from serving import errors, logs
-from serving.errors import QueueFull, RequestError, Unavailable
+from serving.errors import RequestError, Unavailable
+from serving.services.statuses import to_status, trailing_metadata
 from serving.statistics import Rpcs
 
 STOPPING = "the server is stopping; try again, with another one"
-
-# Where grpc_status.rpc_status, in every language, looks for what a status has to tell.
-GRPC_DETAILS_METADATA_KEY = "grpc-status-details-bin"
 
 _QUIET_S = 0.05
 _ROUNDS = 20  # so many times that at most, for clients that do not mind being refused
@@ -39,23 +35,12 @@ def refusal(error: Exception, method: str) -> grpc.RpcMethodHandler[Any, Any]:
         def about() -> logs.Fields:
             return logs.about(method, context.peer(), context.invocation_metadata() or ())
 
-        code, details = errors.to_status(error, about)
+        code, details = to_status(error, about)
         context.set_code(code)  # as abort, without the cost of an exception
         context.set_details(details)
         context.set_trailing_metadata(trailing_metadata(code, details, error))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-def trailing_metadata(code: grpc.StatusCode, details: str, error: Exception) -> tuple[tuple[str, bytes], ...]:
-    """What tells a client when to try again, where it may: google.rpc.RetryInfo, which clients know."""
-    if not isinstance(error, QueueFull):
-        return ()
-    delay = Duration()
-    delay.FromNanoseconds(round(1e9 * error.retry_s))
-    status = status_pb2.Status(code=code.value[0], message=details)
-    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    return ((GRPC_DETAILS_METADATA_KEY, status.SerializeToString()),)
 
 
 class Gate(grpc.GenericRpcHandler):

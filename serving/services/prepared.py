@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protos import open_inference as pb
-from serving import errors, logs
+from serving import logs
 from serving.errors import RequestError
 from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed, Request
+from serving.services.statuses import to_status
 from serving.statistics import Rpcs, Statistics
 from serving.tensors import DATATYPES
 from serving.wire import Requested
@@ -202,7 +203,7 @@ class Running:
 def stream_error(request: pb.ModelInferRequest, error: Exception, rpcs: Rpcs) -> pb.ModelStreamInferResponse:
     """What a stream answers to a request that failed, which is counted."""
     method = f"{pb.SERVICE}/ModelStreamInfer"
-    code, details = errors.to_status(error, lambda: logs.about(method, "", (), request.id))
+    code, details = to_status(error, lambda: logs.about(method, "", (), request.id))
     rpcs.stream_errors[method, code.name] += 1
     whose = pb.ModelInferResponse(id=request.id, model_name=request.model_name, model_version=request.model_version)
     return pb.ModelStreamInferResponse(error_message=details, infer_response=whose)
