@@ -411,6 +411,26 @@ def test_the_hardest_images_are_learned_from(sample):
     assert training.history[1].train_loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)  # of all
 
 
+def test_a_training_of_parts_of_the_images_is_resumed_to_the_same_weights(sample):
+    config = options(stem="whitened", channels=(20, 4), pool=2, epoch_images=80, hardest=0.5, epochs=4, batch_size=40)
+    fitting, validation = runs.divide(sample[0], config)
+    fitting = fitting.take(torch.arange(200))
+
+    def begun():
+        return Training(build(config, 0, **PIXELS), fitting, validation, config)
+
+    whole, first, second = begun(), begun(), begun()
+    for _ in whole.epochs():
+        pass
+    epochs = first.epochs()
+    next(epochs), next(epochs)  # the second began with images that the first had left
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in second.epochs():
+        pass
+    assert len(second.history) == 4
+    assert all(torch.equal(value, second.result()[name]) for name, value in whole.result().items())
+
+
 @pytest.mark.parametrize(
     ("changes", "processes", "problem"),
     [
