@@ -31,6 +31,14 @@ def test_a_truncated_file_is_refused(checkpoint, tmp_path):
         load(path)
 
 
+def test_torchs_advice_to_load_a_file_unsafely_is_not_passed_on(tmp_path):
+    path = tmp_path / "net.pt"
+    path.write_text("# no checkpoint\n")
+    with pytest.raises(CheckpointError) as refused:
+        load(path)
+    assert str(refused.value) == f"{path} is damaged or not a checkpoint; `python -m trainer train` writes one"
+
+
 def test_code_in_a_pickle_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
