@@ -144,12 +144,12 @@ def reliability(calibration: Calibration, title: str) -> Figure:
     intervals = np.array([scores.wilson(*pair) for pair in zip(right, counts, strict=True)]).T
     ends = np.abs(intervals - accuracy)
     style = {"color": BLUE, "marker": "o", "capsize": 3}
-    above.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="as sure as right")
+    above.plot(
+        [0, 1], [0, 1], color=GREY, linestyle="--", label="as sure as right; above, right more often than it says"
+    )
     above.errorbar(calibration.confidence[filled], accuracy, ends, label="network, 95 % interval", **style)
     above.set(ylabel="fraction of them right", xlim=(0, 1.02), ylim=(-0.02, 1.02))
-    above.text(0.03, 0.80, "above the line:\nmore often right than it says", color=GREY)
-    above.text(0.97, 0.08, "below the line:\nsurer than it should be", color=GREY, ha="right")
-    above.legend(loc="upper left")
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     below.bar((np.arange(bins) + 0.5) / bins, calibration.counts, width=0.92 / bins, color=BLUE)
     below.set(xlabel="probability of the class that it names", ylabel="images", yscale="log", ylim=(0.7, 2 * n))
     for axes in (above, below):
