@@ -171,7 +171,7 @@ class Repository(Catalog):
             for name in sorted({*seen, *before}):
                 self._follow(name, seen.get(name, {}), before.get(name, {}))
             if changed := self.statuses() != statuses:
-                del statuses
+                del statuses  # which hold what was served before
                 memory.give_back()
             return changed
 

@@ -104,6 +104,15 @@ def repository(checkpoint: Checkpoint, sample: tuple[Split, Split], tmp_path_fac
     return root
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For networks that are too small to gain from more, and lose when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def bundle(repository: Path) -> Bundle:
     return open_bundle(repository / MODEL / "1")

@@ -19,6 +19,8 @@ from trainer.checkpoint import CheckpointError, load
 from trainer.config import TrainConfig
 from trainer.export import export
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("train_on_sample.py")
 BASE = {
@@ -61,15 +63,6 @@ TRAININGS = {
     },
     "adam, cosine, bf16": {"optimiser": "adam", "schedule": "cosine", "warm_up": 0.2, "precision": "bf16"},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These networks are too small to gain from more, and lose when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(**changes):

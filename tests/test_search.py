@@ -28,6 +28,8 @@ from trainer.data import DATASETS, TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN
 from trainer.search import Outcome, Search, SearchError, Watcher
 from trainer.train import Training
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("search_on_sample.py")
 BASE = {
@@ -45,15 +47,6 @@ learning_rate = { low = 1e-3, high = 3e-2, log = true }
 dropout = { low = 0.0, high = 0.4, step = 0.1 }
 activation = ["relu", "tanh"]
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These networks are too small to gain from more, and lose when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

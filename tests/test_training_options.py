@@ -16,19 +16,12 @@ from trainer.data import DATASETS, Split
 from trainer.processes import ALONE, Processes
 from trainer.train import Training, build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PIXELS = {"mean": 72.9, "std": 90.0}
 # One small step size after the other on plain gradients, which a test can repeat by hand.
 PLAIN = {"optimiser": "sgd", "momentum": 0, "schedule": "constant", "learning_rate": 0.05, "channels_last": False}
 SMALL = {"channels": (4,), "hidden": (16,), "pool": 4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These networks are too small to gain from more, and lose when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def options(**changes):

@@ -16,19 +16,24 @@ from trainer.runs import Watcher
 from trainer.train import EpochMetrics
 
 
-@contextlib.contextmanager
-def training(console: Console, config: TrainConfig, processes: Processes) -> Iterator[Watcher]:
-    """A progress bar and a line an epoch, from the first process alone."""
-    if not processes.first:
-        yield Watcher()
-        return
+def progress_bar(console: Console) -> Progress:
+    """What is going on, how far it is and how long it will take; nothing where no one looks on."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def training(console: Console, config: TrainConfig, processes: Processes) -> Iterator[Watcher]:
+    """A progress bar and a line an epoch, from the first process alone."""
+    if not processes.first:
+        yield Watcher()
+        return
+    with progress_bar(console) as bar:
         task = bar.add_task("training", total=None)
         finished = 0
 

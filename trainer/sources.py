@@ -7,15 +7,36 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from serving.options import build, check_keys, flag, read_toml
+from serving.options import build, check_keys, flag, near, read_toml
 from trainer.config import TrainConfig
 
 RECIPES = Path(__file__).with_name("recipes")
 
 
+def names(folder: Path) -> list[str]:
+    """The names of the TOML files of a folder that comes with the package."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
 def recipes() -> list[str]:
     """The names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+    return names(RECIPES)
+
+
+def file_of(option: str, value: str, folder: Path) -> Path:
+    """The file that an option names: by the name of one in `folder`, or by the path of a TOML file.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known = names(folder)
+    if value in known:
+        return folder / f"{value}.toml"
+    if value.endswith(".toml"):
+        return Path(value)
+    raise ValueError(
+        f"{option}: got {value!r}{near(value, known)}, want one of {', '.join(known)}, or the path of a .toml file"
+    )
 
 
 def resolve(

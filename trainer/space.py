@@ -115,27 +115,14 @@ class Plan:
 
 def spaces() -> list[str]:
     """The names of the spaces that come with the package."""
-    return sorted(path.stem for path in SPACES.glob("*.toml"))
-
-
-def path_of(space: str) -> Path:
-    """The file of a space: one of `spaces()`, or the path of a TOML file.
-
-    Raises:
-        ValueError: there is no such space.
-    """
-    if space in spaces():
-        return SPACES / f"{space}.toml"
-    if space.endswith(".toml"):
-        return Path(space)
-    raise ValueError(f"--space: got {space!r}, want one of {', '.join(spaces())}, or the path of a .toml file")
+    return sources.names(SPACES)
 
 
 def plan(space: str, options: Mapping[str, Any], recipe: str | None = None, file: Path | None = None) -> Plan:
     """Read a space, and make sure that its trials can be trained and compared.
 
     Args:
-        space: as for `path_of`; it takes precedence over `file` and `recipe`.
+        space: as for `sources.file_of`; it takes precedence over `file` and `recipe`.
         options: those that were given for all trials.
         recipe: as for `sources.resolve`.
         file: as for `sources.resolve`.
@@ -144,7 +131,7 @@ def plan(space: str, options: Mapping[str, Any], recipe: str | None = None, file
         ValueError: the space is not one, or not to be had with the options; the text names the file and the option.
         OSError: a file cannot be read.
     """
-    path = path_of(space)
+    path = sources.file_of("--space", space, SPACES)
     found = _read(path)
     if twice := [flag(TrainConfig, name) for name in options if name in found]:
         raise ValueError(

@@ -48,22 +48,7 @@ class Study:
 
 def names() -> list[str]:
     """The studies that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
-
-
-def path_of(study: str) -> Path:
-    """The file of a study: one of `names()`, or the path of a TOML file.
-
-    Raises:
-        ValueError: there is no such study.
-    """
-    if study in names():
-        return FOLDER / f"{study}.toml"
-    if study.endswith(".toml"):
-        return Path(study)
-    raise ValueError(
-        f"--study: got {study!r}{near(study, names())}, want one of {', '.join(names())}, or the path of a .toml file"
-    )
+    return sources.names(FOLDER)
 
 
 def resolve(study: str, options: Mapping[str, Any], recipe: str | None = None, file: Path | None = None) -> Study:
@@ -72,7 +57,7 @@ def resolve(study: str, options: Mapping[str, Any], recipe: str | None = None, f
     the variant's options, `options`, those of `file`, those of `recipe`, the study's base, the defaults.
 
     Args:
-        study: as for `path_of`.
+        study: as for `sources.file_of`.
         options: those that were given for all variants.
         recipe: as for `sources.resolve`.
         file: as for `sources.resolve`.
@@ -81,7 +66,7 @@ def resolve(study: str, options: Mapping[str, Any], recipe: str | None = None, f
         ValueError: the file is not a study, or a variant cannot be trained; the text has all that is wrong with any.
         OSError: a file cannot be read.
     """
-    path = path_of(study)
+    path = sources.file_of("--study", study, FOLDER)
     question, base, variants = _read(path)
     values, labels = sources.gather(options, recipe, file)
     labels |= {name: f"{path}: base: {name}" for name in base if name not in values}

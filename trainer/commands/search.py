@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from serving.errors import ParityserveError
@@ -91,15 +90,10 @@ def _search(options: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _told(search: Search, trials: int) -> Iterator[Watcher]:
     """A progress bar for the trial that is trained, and a line for each that has ended."""
+    from trainer.progress import progress_bar
     from trainer.search import Watcher
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("starting", total=None)
         ended = 0
 
