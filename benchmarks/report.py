@@ -191,14 +191,25 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write is None:
         print(text)
         return 0
-    page = options.write.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(BEGIN)
+    try:
+        write_between_markers(options.write, text)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Put text between BEGIN and END in a file.
+
+    Raises:
+        ValueError: the file has no such place.
+    """
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        print(f"error: {options.write}: no {BEGIN} followed by {END}", file=sys.stderr)
-        return 2
-    options.write.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
-    return 0
+        raise ValueError(f"{path}: no {BEGIN} followed by {END}")
+    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

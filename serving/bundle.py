@@ -1,8 +1,9 @@
 """The bundle format: one model version on disk, `<repository>/<model>/<version>/`, and how it is read and written.
 
-    manifest.json   what the version is, and the sha256 of every other file; written last
+    manifest.json   what the version is, and the sha256 of every other file but the next
+    manifest.sha256 the sha256 of manifest.json, as `sha256sum --check` reads it; format 1 had none
     model.onnx      fp32, one file, batch axis named `batch`
-    model.pt        TorchScript, the same signature
+    model.*         other artefacts of the same network and signature: see `ARTEFACTS`
     weights.pt      the network's parameters, from which eager PyTorch, the reference, is rebuilt
     golden.npz      arrays `image` uint8 [G,1,28,28] and `logits` float32 [G,10]: what eager PyTorch on the CPU answered
     labels.txt      one class name a line
@@ -37,10 +38,22 @@ from serving.tensors import TensorSpec
 
 MANIFEST = "manifest.json"
 ONNX = "model.onnx"
+MANIFEST_SHA256 = "manifest.sha256"
 GOLDEN = "golden.npz"
 LABELS = "labels.txt"
 HISTORY = "history.json"
 CARD = "README.md"
+
+Precision = Literal["fp32", "fp16", "int8"]
+# The file that a backend runs at a precision; a version has those that were asked for when it was exported.
+ARTEFACTS: dict[tuple[str, Precision], str] = {
+    ("onnx", "fp32"): ONNX,
+    ("onnx", "fp16"): "model.fp16.onnx",
+    ("onnx", "int8"): "model.int8.onnx",
+    ("torchscript", "fp32"): "model.pt",
+    ("pt2", "fp32"): "model.pt2",
+    ("aoti", "fp32"): "model.aoti.pt2",
+}
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -67,8 +80,8 @@ class FileEntry(_Record):
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size_bytes: int
-    backend: Literal["onnx", "torchscript", "eager"] | None = None  # what runs it; None for data
-    precision: Literal["fp32"] | None = None
+    backend: Literal["onnx", "torchscript", "pt2", "aoti", "eager"] | None = None  # what runs it; None for data
+    precision: Precision | None = None
     parity: ParityFigures | None = None
 
 
@@ -82,7 +95,7 @@ class Accuracy(_Record):
 class Manifest(_Record):
     """`manifest.json`: what a version is."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     model: str
     version: int = Field(ge=1)
     created: str  # ISO 8601, UTC
@@ -106,6 +119,14 @@ class Manifest(_Record):
                 raise ValueError(f"{name!r} is not a plain file name")
         return files
 
+    def artefacts(self) -> dict[str, tuple[str, Precision]]:
+        """The backend and precision of each file that can be served."""
+        return {
+            name: (entry.backend, entry.precision)
+            for name, entry in self.files.items()
+            if entry.backend and entry.backend != "eager" and entry.precision
+        }
+
     def file_for(self, backend: str, precision: str = "fp32") -> str:
         """The name of the file that `backend` runs at `precision`.
 
@@ -116,7 +137,10 @@ class Manifest(_Record):
             if entry.backend == backend and entry.precision == precision:
                 return name
         have = ", ".join(f"{entry.backend} {entry.precision}" for entry in self.files.values() if entry.backend)
-        raise BundleError(f"{self.model} version {self.version} has no {backend} {precision} file, only: {have}")
+        raise BundleError(
+            f"{self.model} version {self.version} has no {backend} {precision} file, only: {have}; "
+            "export one with python -m trainer export --formats ... --precisions ..."
+        )
 
 
 @dataclass(frozen=True)
@@ -199,13 +223,16 @@ def open_bundle(path: Path) -> Bundle:
     """
     source = path / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(source.read_bytes())
+        document = source.read_bytes()
+        manifest = Manifest.model_validate_json(document)
     except OSError as error:
         raise BundleError(f"{source}: {error.strerror}; a version without its manifest is not complete") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise BundleError(f"{source}: {where + ': ' if where else ''}{problem['msg']}") from error
+    if manifest.format_version > 1:
+        _check_unedited(source, document)
     # Where links lie and where they lead to: the version's, and the model's.
     paths = (path.absolute(), path.parent.resolve() / path.name, path.resolve())
     places = [(place.parent.name, place.name) for place in paths]
@@ -214,6 +241,20 @@ def open_bundle(path: Path) -> Bundle:
             f"{source}: describes {manifest.model} version {manifest.version}, but lies in {'/'.join(places[-1])}"
         )
     return Bundle(path, manifest)
+
+
+def _check_unedited(manifest: Path, document: bytes) -> None:
+    """Compare a manifest with the sha256 beside it: what no one can prove again must at least be what was written."""
+    source = manifest.with_name(MANIFEST_SHA256)
+    try:
+        written = source.read_text(encoding="ascii", errors="replace").split()
+    except OSError as error:
+        raise BundleError(f"{source}: {error.strerror}; export the model again") from error
+    if written != [(found := sha256(document)), MANIFEST]:
+        raise BundleError(
+            f"{manifest}: sha256 is {found}, {MANIFEST_SHA256} says {' '.join(written)[:100]}; "
+            "the manifest was edited or damaged: restore it, or export the model again"
+        )
 
 
 def models(repository: Path) -> list[str]:
@@ -283,7 +324,8 @@ def publish(folder: Path, manifest: Manifest, card: Callable[[Manifest], str] | 
             (folder / CARD).write_text(card(manifest), encoding="utf-8", newline="\n")
             manifest = manifest.model_copy(update={"files": {**files, CARD: entry(folder / CARD)}})
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
-        (folder / MANIFEST).write_text(document, encoding="utf-8")
+        (folder / MANIFEST).write_text(document, encoding="utf-8", newline="\n")
+        (folder / MANIFEST_SHA256).write_text(f"{entry(folder / MANIFEST).sha256}  {MANIFEST}\n", newline="\n")
         final = folder.parent / str(number)
         try:
             folder.rename(final)

@@ -13,7 +13,7 @@ from serving.versions import VersionPolicy
 DEFAULT_PORT = 8001
 MAX_MESSAGE_BYTES = 64 << 20
 
-BackendName = Literal["onnx", "torchscript"]
+BackendName = Literal["onnx", "torchscript", "pt2", "aoti"]
 DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -62,7 +62,11 @@ class ServerConfig(BaseModel):
         False, description="serve plain <model>/<version>/model.onnx too, which no golden answers vouch for"
     )
     server_name: str = Field("parityserve", description="what ServerMetadata answers; some clients want 'triton'")
-    backend: BackendName = Field("onnx", description="what runs the model")
+    backend: BackendName = Field("onnx", description="what runs the model: which of a version's files is served")
+    precision: Literal["fp32", "fp16", "int8", "auto"] = Field(
+        "fp32",
+        description="of the file that is served; auto: int8 on the CPU, fp16 on CUDA where there is one, else fp32",
+    )
     device: DeviceSpec = Field(
         "auto", description="auto, cpu, cuda or cuda:N; cuda never falls back, auto does, with one warning"
     )

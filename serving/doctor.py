@@ -68,14 +68,14 @@ def _providers() -> dict[tuple[str, str], str | None]:
         for provider in onnx.available_providers():
             problems["onnx", provider] = onnx.provider_problem(provider)
     try:
-        from serving.backends import torchscript
+        from serving.backends import torch_files
     except ImportError:
-        problems["torchscript", "torch"] = "torch is not installed: pip install 'parityserve[train]'"
+        problems["torchscript, pt2, aoti", "torch"] = "torch is not installed: pip install 'parityserve[train]'"
     else:
         for device in ("cpu", "cuda:0"):
             try:
-                torchscript.probe(device)
-                problems["torchscript", f"torch {device}"] = None
+                torch_files.probe(device)
+                problems["torchscript, pt2, aoti", f"torch {device}"] = None
             except DeviceError as error:
-                problems["torchscript", f"torch {device}"] = str(error)
+                problems["torchscript, pt2, aoti", f"torch {device}"] = str(error)
     return problems

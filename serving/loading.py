@@ -61,7 +61,7 @@ def load(config: ServerConfig, name: str, version: str) -> ServedModel:
     backend = served.backend
     logger.info(
         "model %s version %s READY: %s, %s on %s; %s; %.0f ms",
-        *(name, version, backend.name, backend.provider, backend.device),
+        *(name, version, backend.file, backend.provider, backend.device),
         f"golden answers within {served.golden.max_abs:.1e}" if served.golden else "UNVERIFIED",
         1000 * (time.perf_counter() - start),
     )
@@ -77,7 +77,7 @@ def _open(config: ServerConfig, name: str, version: str) -> ServedModel:
     else:
         bundle = bundles.open_bundle(folder)
         bundle.verify()
-        backend = open_backend(config.backend, bundle, config.device, config.threads)
+        backend = open_backend(config.backend, bundle, config.device, config.threads, config.precision)
         manifest, golden = bundle.manifest, golden_check(bundle, backend)
     max_batch_size = config.max_batch_size if _has_batch_axis(backend) else 0
     buckets = warm(backend, max_batch_size)
@@ -114,8 +114,8 @@ def golden_check(bundle: Bundle, backend: Backend) -> Comparison:
         BundleError: the golden file is damaged.
     """
     image, logits = bundle.golden()
-    precision = bundle.manifest.files[bundle.manifest.file_for(backend.name)].precision
-    allowed = tolerance(precision or "fp32", backend.device)
+    _, precision = bundle.manifest.artefacts()[backend.file]
+    allowed = tolerance(precision, backend.device, bundle.manifest.dataset)
     for size in (1, 3, len(image)):
         for _ in range(RUNS):
             outputs = backend.run({bundle.manifest.inputs[0].name: image[:size]})

@@ -22,14 +22,15 @@ import torch
 import serving.loading
 from serving.backends import Backend
 from serving.backends.cuda import device_problem
-from serving.bundle import MANIFEST, Bundle, open_bundle
+from serving.bundle import MANIFEST, MANIFEST_SHA256, Bundle, open_bundle
 from serving.config import ServerConfig
 from serving.server import Server
-from trainer import data, runs, train
+from trainer import artefacts, data, runs, train
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
 from trainer.data import DATASETS, Split
 from trainer.export import export
+from trainer.precisions import calibration_images
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-sample.npz"
 MODEL = "fashion-mnist"
@@ -104,6 +105,17 @@ def repository(checkpoint: Checkpoint, sample: tuple[Split, Split], tmp_path_fac
     return root
 
 
+@pytest.fixture(scope="session")
+def full_repository(
+    checkpoint: Checkpoint, sample: tuple[Split, Split], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A repository whose one version has every artefact that needs no compiler. Tests only read it."""
+    root = tmp_path_factory.mktemp("full")
+    chosen = artefacts.choose(["onnx", "torchscript", "pt2"], ["fp32", "fp16", "int8"])
+    export(checkpoint, sample[1], root, chosen=chosen, calibration=calibration_images(sample[0], 200))
+    return root
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For networks that are too small to gain from more, and lose when the machine is busy."""
@@ -127,9 +139,11 @@ def tampered(repository: Path, tmp_path: Path) -> Path:
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:
-    """Change fields of a version's manifest by hand."""
+    """Change fields of a version's manifest by hand, and hide it from the hash beside it."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+    document = json.dumps(manifest | changes)
+    (folder / MANIFEST).write_text(document)
+    (folder / MANIFEST_SHA256).write_text(f"{hashlib.sha256(document.encode()).hexdigest()}  {MANIFEST}\n")
 
 
 def rehash(version: Path, name: str) -> None:

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import threading
 
 import numpy as np
@@ -6,14 +7,14 @@ import pytest
 from conftest import MODEL, edit_manifest, rehash
 
 from serving import bundle as bundles
-from serving.bundle import GOLDEN, MANIFEST, open_bundle
+from serving.bundle import GOLDEN, MANIFEST, MANIFEST_SHA256, open_bundle
 from serving.errors import BundleError
 
 FILES = {"model.onnx", "model.pt", "weights.pt", "golden.npz", "labels.txt", "history.json", "README.md"}
 
 
 def test_a_bundle_is_complete_and_describes_itself(bundle, checkpoint):
-    assert {path.name for path in bundle.path.iterdir()} == FILES | {MANIFEST}
+    assert {path.name for path in bundle.path.iterdir()} == FILES | {MANIFEST, MANIFEST_SHA256}
     manifest = bundle.manifest
     assert set(manifest.files) == FILES
     assert (manifest.model, manifest.version, manifest.dataset) == (MODEL, 1, "fashion-mnist")
@@ -77,7 +78,7 @@ def test_a_wrong_hash_in_the_manifest_is_found(tampered):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"format_version": 2}, "format_version"),
+        ({"format_version": 3}, "format_version"),
         ({"version": 2}, "describes fashion-mnist version 2, but lies in fashion-mnist/1"),
         ({"model": "mnist"}, "describes mnist version 1, but lies in fashion-mnist/1"),
         ({"labels": []}, "labels"),
@@ -90,6 +91,24 @@ def test_a_manifest_edited_by_hand_is_refused(tampered, changes, problem):
     edit_manifest(version, **changes)
     with pytest.raises(BundleError, match=problem):
         open_bundle(version)
+
+
+def test_a_manifest_edited_by_hand_without_its_hash_is_refused(tampered):
+    version = tampered / MODEL / "1"
+    text = (version / MANIFEST).read_text()
+    assert text.count('"seed": 0') == 1
+    (version / MANIFEST).write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(BundleError, match=r"manifest\.json: sha256 is .* manifest\.sha256 says .* export the"):
+        open_bundle(version)
+    (version / MANIFEST).write_text(text)
+    open_bundle(version)
+    (version / MANIFEST_SHA256).unlink()
+    with pytest.raises(BundleError, match=r"manifest\.sha256: No such file"):
+        open_bundle(version)
+
+
+def test_sha256sum_can_check_a_manifest(bundle):
+    subprocess.run(["sha256sum", "--check", "--strict", MANIFEST_SHA256], cwd=bundle.path, check=True)
 
 
 def test_a_version_without_a_readable_manifest_is_refused(tampered):

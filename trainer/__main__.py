@@ -19,17 +19,13 @@ from rich.table import Table
 from serving.errors import ParityserveError
 from serving.options import add_options, given, parse
 from trainer import sources
-from trainer.commands import ablate, search
-from trainer.commands.parts import add_data_dir, add_sources, console, obtain
+from trainer.commands import ablate, export, search
+from trainer.commands.parts import EXAMPLES, add_data_dir, add_sources, console, obtain
 from trainer.config import DatasetName, NetworkConfig, TrainConfig
 from trainer.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from serving.bundle import Bundle
-    from trainer.data import Split
     from trainer.parity import Report
-
-EXAMPLES = [0, 1, 2]  # test images whose feature maps are drawn unless told otherwise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,18 +85,7 @@ def parser() -> argparse.ArgumentParser:
     ablate.add(commands)
     search.add(commands)
 
-    export = commands.add_parser("export", help="write a checkpoint as the next version of a model, once it is proved")
-    export.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="what train wrote")
-    export.add_argument(
-        "--repository",
-        type=Path,
-        default=Path("exported"),
-        metavar="PATH",
-        help="the model repository (default: exported)",
-    )
-    export.add_argument("--model", metavar="NAME", help="the model's name (default: the data set's)")
-    add_data_dir(export)
-    export.set_defaults(command=_export)
+    export.add(commands)
 
     parity = commands.add_parser("parity", help="compare every file of a version with the PyTorch model")
     parity.add_argument(
@@ -206,35 +191,6 @@ def _summary(options: argparse.Namespace) -> int:
 
     print(layer_table(config))  # noqa: T201
     return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from trainer import checkpoint, data
-    from trainer.export import export
-
-    trained = checkpoint.load(options.checkpoint)
-    test = data.load_test(data.DATASETS[trained.dataset], obtain(trained.dataset, options.data_dir))
-    with console.status("exporting") as status:
-        bundle, report = export(trained, test, options.repository, options.model, lambda step: status.update(step))
-    worst = max(row.comparison.max_abs for row in report.rows)
-    console.print(
-        f"exported: {bundle.path}, proved against PyTorch on {report.images} images: largest |Δ logit| {worst:.1e}",
-        soft_wrap=True,
-    )
-    _draw_beside(bundle, test)
-    return 0
-
-
-def _draw_beside(bundle: Bundle, test: Split) -> None:
-    """The pictures of a version that was just published; it is complete without them."""
-    try:
-        from trainer import pictures
-    except ParityserveError as error:
-        console.print(f"no pictures were drawn: {error}", soft_wrap=True)
-        return
-    subject = pictures.of_bundle(bundle)
-    pictures.write(subject.folder, pictures.figures(subject, test, EXAMPLES))
-    console.print(f"pictures: {subject.folder}", soft_wrap=True)
 
 
 def _parity(options: argparse.Namespace) -> int:

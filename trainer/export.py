@@ -1,16 +1,12 @@
-"""Write a trained network as a bundle: TorchScript and ONNX, run and compared before the version appears."""
+"""Write a trained network as a bundle: each artefact asked for, run and compared before the version appears."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib.metadata
-import io
 import json
-import logging
 import subprocess
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,28 +14,20 @@ import numpy as np
 import torch
 
 from serving import bundle as bundles
-from serving.backends.torchscript import save_traced
-from serving.bundle import GOLDEN, HISTORY, LABELS, ONNX, Accuracy, Bundle, FileEntry, Manifest, ParityFigures
+from serving.bundle import ARTEFACTS, GOLDEN, HISTORY, LABELS, Accuracy, Bundle, FileEntry, Manifest, ParityFigures
 from serving.errors import ParityserveError
 from serving.parity import softmax
-from serving.tensors import TensorSpec
-from trainer import parity, scores
+from trainer import artefacts, parity, scores
+from trainer.artefacts import INPUT, LOGITS, PROBABILITIES, Artefact
 from trainer.checkpoint import Checkpoint
-from trainer.config import CLASSES, HEIGHT, WIDTH
+from trainer.config import CLASSES
 from trainer.data import DATASETS, Split
 from trainer.models import Deployed, Network, count_parameters
 from trainer.report import model_card
 from trainer.train import evaluate, predict
 
-TORCHSCRIPT = "model.pt"
 WEIGHTS = "weights.pt"
-
-OPSET = 20  # ONNX Runtime 1.27 and later run it, and no conversion step is needed from what torch writes
 GOLDEN_TEST_IMAGES = 32
-
-INPUT = TensorSpec(name="image", datatype="UINT8", shape=("batch", 1, HEIGHT, WIDTH))
-LOGITS = TensorSpec(name="logits", datatype="FP32", shape=("batch", CLASSES))
-PROBABILITIES = TensorSpec(name="probabilities", datatype="FP32", shape=("batch", CLASSES))
 
 LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy")
 
@@ -54,6 +42,8 @@ def export(
     repository: Path,
     model: str | None = None,
     on_step: Callable[[str], None] = lambda _: None,
+    chosen: Sequence[Artefact] = artefacts.DEFAULT,
+    calibration: torch.Tensor | None = None,
 ) -> tuple[Bundle, parity.Report]:
     """Write the next version of a model, prove it, and only then give it its number.
 
@@ -63,6 +53,8 @@ def export(
         repository: the model repository, such as `exported`.
         model: its name there; the data set's when not given.
         on_step: called with what is about to be done.
+        chosen: the artefacts to write; `artefacts.choose` gives them.
+        calibration: training images for int8, uint8 [N, 1, 28, 28]; `precisions.calibration_images` gives them.
 
     Returns:
         The published version and its parity report.
@@ -70,7 +62,7 @@ def export(
     Raises:
         ExportError: a written file does not answer like the network; the text has every failure.
         CheckpointError: the checkpoint's network cannot be built.
-        ValueError: the model's name cannot be a folder's.
+        ValueError: the model's name cannot be a folder's, or int8 is to be written without images to calibrate with.
     """
     network = checkpoint.build()
     if checkpoint.test_accuracy is None:  # the best or latest epoch of a training that may still go on
@@ -82,14 +74,10 @@ def export(
         _write_golden(network, test, folder / GOLDEN)
         labels = DATASETS[checkpoint.dataset].labels
         (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        deployed = Deployed(network).eval()
-        example = torch.zeros(2, 1, HEIGHT, WIDTH, dtype=torch.uint8)  # two: of one, the axis would be taken for fixed
-        on_step("writing TorchScript")
-        save_traced(deployed, example, folder / TORCHSCRIPT)
-        on_step("writing ONNX")
-        _write_onnx(deployed, example, folder / ONNX, _identity(checkpoint, folder.parent.name))
+        about = _identity(checkpoint, folder.parent.name)
+        artefacts.write(Deployed(network).eval(), chosen, folder, about, calibration, on_step)
         on_step("comparing the written files with PyTorch")
-        draft = Bundle(folder, _manifest(checkpoint, network, folder))
+        draft = Bundle(folder, _manifest(checkpoint, network, folder, chosen))
         report = parity.check(draft, test, device="cpu")
         failures = [
             f"{row.file}, batch {row.batch_size}: {failure}"
@@ -116,36 +104,6 @@ def _write_golden(network: Network, test: Split, path: Path) -> None:
     np.savez_compressed(path, image=image, logits=predict(network, torch.from_numpy(image)).numpy())
 
 
-def _write_onnx(deployed: Deployed, example: torch.Tensor, path: Path, identity: dict[str, str]) -> None:
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            deployed,
-            (example,),
-            input_names=[INPUT.name],
-            output_names=[LOGITS.name, PROBABILITIES.name],
-            dynamic_shapes=({0: "batch"},),
-            opset_version=OPSET,
-            dynamo=True,
-        )
-    assert program is not None, "torch.onnx.export returns a program when it is not given a file"
-    program.model.metadata_props.update(identity)
-    program.save(str(path))  # one file: f=... would put the weights into a second one
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter prints its progress, and warns of torch's own deprecations; its errors are raised all the same."""
-    level = logging.getLogger("torch.onnx").level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logging.getLogger("torch.onnx").setLevel(level)
-
-
 def _identity(checkpoint: Checkpoint, model: str) -> dict[str, str]:
     """What the ONNX file says about itself, for a reader who has only that file."""
     return {
@@ -158,12 +116,14 @@ def _identity(checkpoint: Checkpoint, model: str) -> dict[str, str]:
     }
 
 
-def _manifest(checkpoint: Checkpoint, network: Network, folder: Path) -> Manifest:
+def _manifest(checkpoint: Checkpoint, network: Network, folder: Path, chosen: Sequence[Artefact]) -> Manifest:
     assert checkpoint.test_accuracy is not None, "measured where it was not known"
     assert checkpoint.test_images is not None, "known with the accuracy"
-    kinds = {WEIGHTS: "eager", TORCHSCRIPT: "torchscript", ONNX: "onnx"}
     files: dict[str, FileEntry] = {name: bundles.entry(folder / name) for name in (GOLDEN, LABELS, HISTORY)}
-    files |= {name: bundles.entry(folder / name, backend=kind, precision="fp32") for name, kind in kinds.items()}
+    files[WEIGHTS] = bundles.entry(folder / WEIGHTS, backend="eager", precision="fp32")
+    for backend, precision in chosen:
+        name = ARTEFACTS[backend, precision]
+        files[name] = bundles.entry(folder / name, backend=backend, precision=precision)
     return Manifest(
         model=folder.parent.name,
         version=1,  # the number is given when the version is published

@@ -124,13 +124,12 @@ def check(
     labels = test.labels.numpy()
     want = predict(network, torch.from_numpy(images)).numpy()
     rows = [_golden_row(bundle, network), _accuracy_row(bundle, want[: len(labels)], labels)]
-    for file, entry in bundle.manifest.files.items():
-        if entry.backend is None or entry.backend == "eager" or entry.precision is None:
-            continue
-        backend = open_backend(entry.backend, bundle, device, threads=torch.get_num_threads())
+    for file, (name, precision) in bundle.manifest.artefacts().items():
+        backend = open_backend(name, bundle, device, torch.get_num_threads(), precision)
+        allowed = tolerance(precision, backend.device, bundle.manifest.dataset)
         for size in batch_sizes(largest_batch):
             got = _answers(backend, images, size, on_images)
-            comparison = compare_outputs(want, got, tolerance(entry.precision, backend.device), labels)
+            comparison = compare_outputs(want, got, allowed, labels)
             rows.append(Row(file, backend.name, backend.provider, backend.device, size, comparison))
     return Report(
         model=bundle.manifest.model,

@@ -1,4 +1,4 @@
-"""What runs a model: one protocol, one opener. ONNX Runtime and TorchScript each live in a module of their own."""
+"""What runs a model: one protocol, one opener. Each backend lives in a module of its own."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from serving.bundle import Bundle
+from serving.bundle import Bundle, Precision
 from serving.errors import DeviceError
 from serving.tensors import Array, TensorSpec
 
 logger = logging.getLogger(__name__)
 
-MODULES = {"onnx": "serving.backends.onnx", "torchscript": "serving.backends.torchscript"}
+MODULES = {name: f"serving.backends.{name}" for name in ("onnx", "torchscript", "pt2", "aoti")}
 
 
 class Backend(Protocol):
     """A model opened on a device. `provider` and `device` are read back from what really runs, never from a setting."""
 
-    name: str  # onnx, torchscript
+    name: str  # onnx, torchscript, pt2, aoti
+    file: str  # of the bundle, such as model.onnx
     provider: str  # CPUExecutionProvider, CUDAExecutionProvider, torch
     device: str  # cpu, cuda:0
     inputs: tuple[TensorSpec, ...]
@@ -35,22 +36,35 @@ class Backend(Protocol):
         """
 
 
-def open_backend(name: str, bundle: Bundle, device: str = "auto", threads: int = 1) -> Backend:
+def open_backend(name: str, bundle: Bundle, device: str = "auto", threads: int = 1, precision: str = "fp32") -> Backend:
     """Open a bundle's file for a backend on a device.
 
     Args:
-        name: `onnx` or `torchscript`.
+        name: one of `MODULES`.
         bundle: the version; its file's bytes are verified before they are used.
         device: `cpu`; `cuda` or `cuda:N`, which fails where CUDA does not run; `auto`, CUDA where it runs, else the
             CPU, with one warning that says why.
         threads: threads for one run on the CPU.
+        precision: which of the backend's files: `fp32`, `fp16`, `int8`; or `auto`, see `choose_precision`.
 
     Raises:
         DeviceError: the device cannot be used, or the backend is not installed.
         BundleError: the file is missing, damaged, or not what the manifest says.
     """
     module = _module(name)
-    return _on_device(device, lambda device: module.open_model(bundle, device, threads))
+
+    def open_on(device: str) -> Backend:
+        chosen = choose_precision(bundle, name, device) if precision == "auto" else precision
+        backend: Backend = module.open_model(bundle, bundle.manifest.file_for(name, chosen), device, threads)
+        return backend
+
+    return _on_device(device, open_on)
+
+
+def choose_precision(bundle: Bundle, backend: str, device: str) -> Precision:
+    """The smallest precision that a version was proved in and that pays on a device: int8 on the CPU, fp16 on CUDA."""
+    smallest: Precision = "int8" if device == "cpu" else "fp16"
+    return smallest if (backend, smallest) in bundle.manifest.artefacts().values() else "fp32"
 
 
 def open_unverified(path: Path, device: str = "auto", threads: int = 1) -> Backend:

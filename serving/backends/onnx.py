@@ -61,7 +61,8 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(self, session: ort.InferenceSession, file: str) -> None:
+        self.file = file
         self._session = session
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
@@ -93,16 +94,15 @@ def _as_text(name: str, elements: Array) -> Array:
     return array.reshape(elements.shape)
 
 
-def open_model(bundle: Bundle, device: str, threads: int) -> OnnxBackend:
-    """Open a bundle's ONNX file on `cpu` or `cuda:N`; see `serving.backends.open_backend`."""
-    model = bundle.read(bundle.manifest.file_for("onnx"))
-    session = open_session(model, device, threads)
-    backend = OnnxBackend(session)
+def open_model(bundle: Bundle, file: str, device: str, threads: int) -> OnnxBackend:
+    """Open one of a bundle's ONNX files on `cpu` or `cuda:N`; see `serving.backends.open_backend`."""
+    session = open_session(bundle.read(file), device, threads)
+    backend = OnnxBackend(session, file)
     if (backend.inputs, backend.outputs) != (bundle.manifest.inputs, bundle.manifest.outputs):
-        raise BundleError(f"{bundle.path}: the ONNX file's signature is not the manifest's")
+        raise BundleError(f"{bundle.path}: {file}'s signature is not the manifest's")
     labels = session.get_modelmeta().custom_metadata_map.get("labels")
     if labels is None or tuple(json.loads(labels)) != bundle.manifest.labels:
-        raise BundleError(f"{bundle.path}: the ONNX file's labels are {labels}, not the manifest's")
+        raise BundleError(f"{bundle.path}: {file}'s labels are {labels}, not the manifest's")
     return backend
 
 
@@ -112,7 +112,7 @@ def open_file(path: Path, device: str, threads: int) -> OnnxBackend:
         model = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
-    return OnnxBackend(open_session(model, device, threads))
+    return OnnxBackend(open_session(model, device, threads), path.name)
 
 
 def open_session(model: bytes, device: str, threads: int = 1) -> ort.InferenceSession:

@@ -29,7 +29,12 @@ EXTENSIONS = (
 )
 
 # What Triton calls a model that a backend of ours runs: (platform, backend).
-_PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "torchscript": ("pytorch_libtorch", "pytorch")}
+_PLATFORMS = {
+    "onnx": ("onnxruntime_onnx", "onnxruntime"),
+    "torchscript": ("pytorch_libtorch", "pytorch"),
+    "pt2": ("pytorch_libtorch", "pytorch"),
+    "aoti": ("torch_aoti", "pytorch"),
+}
 
 _parse = parser(pb.ModelInferRequest)
 
@@ -321,7 +326,7 @@ def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfi
                 gpus=[int(served.backend.device.partition(":")[2])] if on_gpu else [],
             )
         ],
-        default_model_filename="model.pt" if served.backend.name == "torchscript" else "model.onnx",
+        default_model_filename=served.backend.file,
         parameters={key: pb.ModelParameter(string_value=value) for key, value in _properties(served).items()},
     )
     if served.max_batch_size:

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from trainer import sources
 
+EXAMPLES = [0, 1, 2]  # test images whose feature maps are drawn unless told otherwise
+
 console = Console()
 
 

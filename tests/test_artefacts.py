@@ -1,0 +1,160 @@
+"""Every kind of file that a version can have: what is written, and that it is portable and answers alike."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import MODEL, running
+from onnx.reference import ReferenceEvaluator
+
+from serving.backends import open_backend
+from serving.bundle import ARTEFACTS, open_bundle
+from serving.client import Client
+from serving.errors import BundleError
+from serving.parity import compare, compare_outputs, tolerance
+from trainer import artefacts, parity
+from trainer.export import export
+from trainer.precisions import calibration_images
+
+WITHOUT_COMPILER = {pair: name for pair, name in ARTEFACTS.items() if pair[0] != "aoti"}
+
+
+@pytest.fixture
+def full(full_repository):
+    return open_bundle(full_repository / MODEL / "1")
+
+
+@pytest.fixture
+def wanted(full):
+    """Images uint8 [50, 1, 28, 28] and what eager PyTorch answers, float32 [50, 10]."""
+    return full.golden()
+
+
+def test_every_artefact_is_written_and_proved(full):
+    assert full.manifest.artefacts() == {name: pair for pair, name in WITHOUT_COMPILER.items()}
+    for name in WITHOUT_COMPILER.values():
+        found = full.manifest.files[name].parity
+        assert found.n == 150 + 18
+        assert found.top1_agreement >= 0.97
+
+
+def test_lower_precisions_are_smaller_and_not_the_same(full):
+    size = {pair: full.manifest.files[name].size_bytes for pair, name in WITHOUT_COMPILER.items()}
+    assert size["onnx", "fp16"] < 0.55 * size["onnx", "fp32"]
+    assert size["onnx", "int8"] < 0.35 * size["onnx", "fp32"]
+    errors = [full.manifest.files[ARTEFACTS["onnx", each]].parity.max_abs for each in ("fp32", "fp16", "int8")]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("pair", WITHOUT_COMPILER, ids=" ".join)
+def test_every_artefact_is_served(full_repository, full, wanted, pair):
+    backend, precision = pair
+    with running(full_repository, backend=backend, precision=precision) as server, Client(server.address) as client:
+        (model,) = client.list_models()
+        assert (model.state, model.backend, model.verified) == ("READY", backend, True)
+        result = client.predict(wanted[0], MODEL)
+    classes = [prediction.class_index for prediction in result.predictions]
+    agreement = (np.array(classes) == wanted[1].argmax(1)).mean()
+    assert agreement >= tolerance(precision, "cpu", MODEL).top1_agreement - 1 / len(classes)
+
+
+def test_auto_takes_int8_on_the_cpu_and_fp32_where_there_is_no_other(full, bundle):
+    assert open_backend("onnx", full, "cpu", precision="auto").file == "model.int8.onnx"
+    assert open_backend("torchscript", full, "cpu", precision="auto").file == "model.pt"
+    assert open_backend("onnx", bundle, "cpu", precision="auto").file == "model.onnx"
+
+
+def test_a_file_that_was_not_exported_is_named(bundle):
+    with pytest.raises(BundleError, match="has no onnx int8 file, only: eager fp32, onnx fp32, torchscript fp32"):
+        open_backend("onnx", bundle, "cpu", precision="int8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_every_onnx_file_is_valid_and_portable(full, precision):
+    model = onnx.load(full.path / ARTEFACTS["onnx", precision])
+    onnx.checker.check_model(model, full_check=True)
+    assert {opset.domain: opset.version for opset in model.opset_import}[""] == artefacts.OPSET
+    assert {opset.domain for opset in model.opset_import} <= {""}
+    assert model.ir_version <= 10
+    assert "Shape" not in {node.op_type for node in model.graph.node}
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    assert [value.type.tensor_type.shape.dim[0].dim_param for value in (*model.graph.input, *model.graph.output)] == [
+        "batch"
+    ] * 3
+    assert {entry.key for entry in model.metadata_props} >= {"labels", "dataset", "network"}
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    assert {info.name for info in inferred.graph.value_info} >= {
+        name for node in model.graph.node[:-1] for name in node.output if name != "logits"
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_onnxs_reference_evaluator_answers_alike(full, wanted, precision):
+    """An implementation that shares no code with ONNX Runtime."""
+    image, logits = wanted
+    session = ReferenceEvaluator(full.path / ARTEFACTS["onnx", precision])
+    outputs = dict(zip(session.output_names, session.run(None, {"image": image[:8]}), strict=True))
+    assert compare_outputs(logits[:8], outputs, tolerance(precision, "cpu", MODEL)).failures == ()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_openvino_answers_alike(full, wanted, precision):
+    openvino = pytest.importorskip("openvino")
+    image, logits = wanted
+    compiled = openvino.Core().compile_model(
+        full.path / ARTEFACTS["onnx", precision], "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    outputs = compiled({"image": image})
+    answers = {name: outputs[name] for name in ("logits", "probabilities")}
+    assert compare_outputs(logits, answers, tolerance(precision, "cpu", MODEL)).failures == ()
+
+
+def test_torch_loads_the_pt2_file_without_us(full, wanted):
+    image, logits = wanted
+    answers, _ = torch.export.load(full.path / "model.pt2").module()(torch.from_numpy(image[:3]))
+    assert compare(logits[:3], answers.detach().numpy(), tolerance("fp32", "cpu")).passed
+
+
+def test_calibration_images_are_as_many_of_each_class(sample):
+    train = sample[0]
+    images = calibration_images(train, 50)
+    assert images.shape == (50, 1, 28, 28)
+    places = [next(i for i in range(len(train)) if torch.equal(train.images[i], image)) for image in images]
+    assert torch.bincount(train.labels[places]).tolist() == [5] * 10
+    assert torch.equal(images, calibration_images(train, 50))
+
+
+@pytest.mark.parametrize(
+    ("formats", "precisions", "text"),
+    [
+        (["tflite"], ["fp32"], "--formats: got tflite, want some of onnx, torchscript, pt2, aoti"),
+        (["onnx"], ["fp8"], "--precisions: got fp8, want some of fp32, fp16, int8"),
+        ([], ["fp32"], "--formats: got nothing"),
+        (["onnx", "torchscript"], ["int8"], "--formats torchscript: no file to write goes with the rest"),
+        (["torchscript"], ["fp32", "fp16"], "--precisions fp16: no file to write goes with the rest"),
+    ],
+)
+def test_what_does_not_go_together_is_an_error(formats, precisions, text):
+    with pytest.raises(ValueError, match=text):
+        artefacts.choose(formats, precisions)
+
+
+def test_int8_alone_is_exported_without_the_file_it_was_made_from(checkpoint, sample, tmp_path):
+    chosen = artefacts.choose(["onnx"], ["int8"])
+    with pytest.raises(ValueError, match="int8 needs training images to calibrate with"):
+        export(checkpoint, sample[1], tmp_path, chosen=chosen)
+    bundle, report = export(checkpoint, sample[1], tmp_path, chosen=chosen, calibration=sample[0].images[:100])
+    assert set(bundle.manifest.artefacts()) == {"model.int8.onnx"} == {p.name for p in bundle.path.glob("*.onnx")}
+    assert report.passed
+
+
+def test_a_compiled_package_answers_alike(checkpoint, sample, tmp_path):
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler")
+    bundle, _ = export(checkpoint, sample[1], tmp_path, chosen=artefacts.choose(["aoti"], ["fp32"]))
+    backend = open_backend("aoti", bundle, "cpu")
+    assert (backend.name, backend.file, backend.device) == ("aoti", "model.aoti.pt2", "cpu")
+    network = parity.reference(bundle)
+    assert network is not None
