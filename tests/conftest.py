@@ -30,7 +30,6 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
 from trainer.data import DATASETS, Split
 from trainer.export import export
-from trainer.precisions import calibration_images
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-sample.npz"
 MODEL = "fashion-mnist"
@@ -112,7 +111,7 @@ def full_repository(
     """A repository whose one version has every artefact that needs no compiler. Tests only read it."""
     root = tmp_path_factory.mktemp("full")
     chosen = artefacts.choose(["onnx", "torchscript", "pt2"], ["fp32", "fp16", "int8"])
-    export(checkpoint, sample[1], root, chosen=chosen, calibration=calibration_images(sample[0], 200))
+    export(checkpoint, sample[1], root, chosen=chosen, calibration=sample[0].images)
     return root
 
 

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from conftest import MODEL, running
@@ -12,10 +13,11 @@ from onnx.reference import ReferenceEvaluator
 from serving.backends import open_backend
 from serving.bundle import ARTEFACTS, open_bundle
 from serving.client import Client
-from serving.errors import BundleError
+from serving.errors import BundleError, DeviceError
 from serving.parity import compare, compare_outputs, tolerance
-from trainer import artefacts, parity
+from trainer import artefacts
 from trainer.export import export
+from trainer.models import Deployed
 from trainer.precisions import calibration_images
 
 WITHOUT_COMPILER = {pair: name for pair, name in ARTEFACTS.items() if pair[0] != "aoti"}
@@ -55,7 +57,7 @@ def test_every_artefact_is_served(full_repository, full, wanted, pair):
         (model,) = client.list_models()
         assert (model.state, model.backend, model.verified) == ("READY", backend, True)
         result = client.predict(wanted[0], MODEL)
-    classes = [prediction.class_index for prediction in result.predictions]
+    classes = [prediction.class_id for prediction in result.predictions]
     agreement = (np.array(classes) == wanted[1].argmax(1)).mean()
     assert agreement >= tolerance(precision, "cpu", MODEL).top1_agreement - 1 / len(classes)
 
@@ -94,14 +96,13 @@ def test_every_onnx_file_is_valid_and_portable(full, precision):
 def test_onnxs_reference_evaluator_answers_alike(full, wanted, precision):
     """An implementation that shares no code with ONNX Runtime."""
     image, logits = wanted
-    session = ReferenceEvaluator(full.path / ARTEFACTS["onnx", precision])
+    session = ReferenceEvaluator(onnx.load(full.path / ARTEFACTS["onnx", precision]))
     outputs = dict(zip(session.output_names, session.run(None, {"image": image[:8]}), strict=True))
     assert compare_outputs(logits[:8], outputs, tolerance(precision, "cpu", MODEL)).failures == ()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_openvino_answers_alike(full, wanted, precision):
-    openvino = pytest.importorskip("openvino")
     image, logits = wanted
     compiled = openvino.Core().compile_model(
         full.path / ARTEFACTS["onnx", precision], "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
@@ -130,7 +131,7 @@ def test_calibration_images_are_as_many_of_each_class(sample):
     ("formats", "precisions", "text"),
     [
         (["tflite"], ["fp32"], "--formats: got tflite, want some of onnx, torchscript, pt2, aoti"),
-        (["onnx"], ["fp8"], "--precisions: got fp8, want some of fp32, fp16, int8"),
+        (["onnx"], ["fp32", "fp8"], "--precisions: got fp8, want some of fp32, fp16, int8"),
         ([], ["fp32"], "--formats: got nothing"),
         (["onnx", "torchscript"], ["int8"], "--formats torchscript: no file to write goes with the rest"),
         (["torchscript"], ["fp32", "fp16"], "--precisions fp16: no file to write goes with the rest"),
@@ -143,18 +144,18 @@ def test_what_does_not_go_together_is_an_error(formats, precisions, text):
 
 def test_int8_alone_is_exported_without_the_file_it_was_made_from(checkpoint, sample, tmp_path):
     chosen = artefacts.choose(["onnx"], ["int8"])
+    deployed = Deployed(checkpoint.build()).eval()
+    artefacts.write(deployed, chosen, tmp_path, {}, sample[0].images)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.int8.onnx"]
     with pytest.raises(ValueError, match="int8 needs training images to calibrate with"):
-        export(checkpoint, sample[1], tmp_path, chosen=chosen)
-    bundle, report = export(checkpoint, sample[1], tmp_path, chosen=chosen, calibration=sample[0].images[:100])
-    assert set(bundle.manifest.artefacts()) == {"model.int8.onnx"} == {p.name for p in bundle.path.glob("*.onnx")}
-    assert report.passed
+        artefacts.write(deployed, chosen, tmp_path, {})
 
 
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_a_compiled_package_answers_alike(checkpoint, sample, tmp_path):
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("there is no C++ compiler")
-    bundle, _ = export(checkpoint, sample[1], tmp_path, chosen=artefacts.choose(["aoti"], ["fp32"]))
-    backend = open_backend("aoti", bundle, "cpu")
-    assert (backend.name, backend.file, backend.device) == ("aoti", "model.aoti.pt2", "cpu")
-    network = parity.reference(bundle)
-    assert network is not None
+    """`export` proves it over the test set."""
+    bundle, report = export(checkpoint, sample[1], tmp_path, chosen=artefacts.choose(["aoti"], ["fp32"]))
+    assert report.passed
+    assert {row.file for row in report.rows if row.backend == "aoti"} == {"model.aoti.pt2"}
+    with pytest.raises(DeviceError):
+        open_backend("aoti", bundle, "cuda")
