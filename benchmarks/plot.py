@@ -22,7 +22,7 @@ Report = dict[str, Any]
 
 def draw(report: Report, path: Path) -> None:
     """Throughput and latency by requests in flight, and images a second by images in a request."""
-    figure, (rate, latency, images) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, (rate, latency, images) = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
     smallest = min(row["images"] for row in report["rows"])
     for number, server in enumerate(report["servers"]):
         for stream in (False, True):
@@ -48,6 +48,8 @@ def draw(report: Report, path: Path) -> None:
     _label(images, "at the best number of requests in flight", "images a request", "images/s", sizes)
     for axes in (rate, images):
         axes.set_ylim(0, None)
+    lines = {line.get_label(): line for axes in (rate, images) for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -62,7 +64,6 @@ def _label(axes: Axes, title: str, x: str, y: str, ticks: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 def main(arguments: list[str] | None = None) -> int:
