@@ -36,7 +36,7 @@ def test_the_defaults_follow_from_other_options():
     config = resolve({"network": "mlp", "optimiser": "sgd", "dataset": "fashion-mnist", "early_stopping": 2})
     assert (config.channels, config.hidden) == ((), (64, 128))
     assert (config.learning_rate, config.momentum, config.weight_decay) == (0.1, 0.9, 0.0)
-    assert (config.epochs, config.keep) == (5, "best")
+    assert (config.epochs, config.keep) == (10, "best")
     assert resolve({"schedule": "cosine"}).warm_up == 0
     assert resolve({}).warm_up == 0.25
 

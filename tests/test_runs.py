@@ -234,7 +234,7 @@ def test_a_finished_training_is_finished_when_resumed(sample, tmp_path):
 @pytest.mark.parametrize("extra", [{}, {"ema": 0.8, "l2": 1e-3, "clip_norm": 1.0, "optimiser": "sgd"}])
 def test_two_processes_train_as_one_does(sample, tmp_path, extra):
     """The same global batches, so the same weights but for rounding; one process writes and speaks."""
-    options = BASE | {"epochs": 3, "batch_size": 71, **extra}  # shares of unequal size
+    options = BASE | {"epochs": 3, "batch_size": 71, "flip": False, **extra}  # shares of unequal size
     order = {"options": options, "checkpoint": str(tmp_path / "two.pt")}
     done = start(order, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     assert done.returncode == 0, done.stderr

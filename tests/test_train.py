@@ -9,7 +9,7 @@ from trainer import data, devices, train
 from trainer.config import DEFAULT_EPOCHS, TrainConfig
 from trainer.data import DATASETS
 
-CONFIG = TrainConfig(dataset="fashion-mnist", epochs=2, batch_size=60, validation_images=100)
+CONFIG = TrainConfig(dataset="fashion-mnist", epochs=2, batch_size=60, validation_images=100, flip=False)
 
 
 def fitted(sample, config):
@@ -88,14 +88,15 @@ def test_auto_says_why():
 
 def test_epochs_default_by_data_set():
     assert TrainConfig(dataset="mnist").epochs == DEFAULT_EPOCHS["mnist"] == 3
-    assert TrainConfig(dataset="fashion-mnist").epochs == DEFAULT_EPOCHS["fashion-mnist"] == 5
+    assert TrainConfig(dataset="fashion-mnist").epochs == DEFAULT_EPOCHS["fashion-mnist"] == 10
     assert TrainConfig(dataset="fashion-mnist", epochs=1).epochs == 1
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(("name", "accuracy"), [("mnist", 0.989), ("fashion-mnist", 0.910)])
-def test_the_default_recipe_reaches_its_accuracy(data_dir, name, accuracy):
-    config = TrainConfig(dataset=name)
+@pytest.mark.parametrize(("name", "epochs", "accuracy"), [("mnist", 1, 0.982), ("fashion-mnist", 2, 0.885)])
+def test_the_default_options_learn_in_fewer_epochs_than_by_default(data_dir, name, epochs, accuracy):
+    """What they reach in all of them stands in docs/training.md, with the command that measures it."""
+    config = TrainConfig(dataset=name, epochs=epochs)
     training, test = data.load(DATASETS[name], data_dir)
     fitting, validation = data.split_validation(training, config.validation_images, config.seed)
     network = train.build(config, config.seed, mean=DATASETS[name].mean, std=DATASETS[name].std)

@@ -26,7 +26,15 @@ SMALL = {"channels": (4,), "hidden": (16,), "pool": 4}
 
 def options(**changes):
     return TrainConfig(
-        **{"dataset": "fashion-mnist", "epochs": 1, "batch_size": 50, "validation_images": 100, **SMALL, **changes}
+        **{
+            "dataset": "fashion-mnist",
+            "epochs": 1,
+            "flip": False,
+            "batch_size": 50,
+            "validation_images": 100,
+            **SMALL,
+            **changes,
+        }
     )
 
 
@@ -207,7 +215,7 @@ def test_dropout_makes_training_depend_on_more_than_the_order(sample):
 
 @pytest.mark.parametrize("change", [{"shift": 4}, {"flip": True}, {"erase": 1.0}])
 def test_augmented_images_are_trained_on(sample, change):
-    plain, changed = (trained(sample, options(**PLAIN, **extra))[1].history[0] for extra in ({}, change))
+    plain, changed = (trained(sample, options(**PLAIN, **each))[1].history[0] for each in ({}, change))
     assert changed.train_loss != plain.train_loss
 
 
