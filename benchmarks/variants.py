@@ -57,7 +57,7 @@ def _measure(bundle: Bundle, sizes: Sequence[int], rounds: int, seconds: float, 
     """The table of one version."""
     manifest = bundle.manifest
     backends = {
-        file: open_backend(name, bundle, "cpu", 1, precision)
+        file: open_backend(name, bundle, "cpu", precision=precision)
         for file, (name, precision) in manifest.artefacts().items()
     }
     found: dict[tuple[str, int], list[float]] = {}

@@ -117,7 +117,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "reason", "dataset", "labels", "backend", "provider", "device", "test_accuracy", "test_images", "golden_max_abs", "verified")
+    __slots__ = ("name", "version", "state", "reason", "dataset", "labels", "backend", "provider", "device", "test_accuracy", "test_images", "golden_max_abs", "verified", "file", "precision", "settings")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -130,6 +130,13 @@ class Model(_message.Message):
     STATE_READY: Model.State
     STATE_UNAVAILABLE: Model.State
     STATE_UNLOADING: Model.State
+    class SettingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +150,9 @@ class Model(_message.Message):
     TEST_IMAGES_FIELD_NUMBER: _ClassVar[int]
     GOLDEN_MAX_ABS_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     state: Model.State
@@ -156,4 +166,7 @@ class Model(_message.Message):
     test_images: int
     golden_max_abs: float
     verified: bool
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., dataset: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., provider: _Optional[str] = ..., device: _Optional[str] = ..., test_accuracy: _Optional[float] = ..., test_images: _Optional[int] = ..., golden_max_abs: _Optional[float] = ..., verified: _Optional[bool] = ...) -> None: ...
+    file: str
+    precision: str
+    settings: _containers.ScalarMap[str, str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., dataset: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., provider: _Optional[str] = ..., device: _Optional[str] = ..., test_accuracy: _Optional[float] = ..., test_images: _Optional[int] = ..., golden_max_abs: _Optional[float] = ..., verified: _Optional[bool] = ..., file: _Optional[str] = ..., precision: _Optional[str] = ..., settings: _Optional[_Mapping[str, str]] = ...) -> None: ...

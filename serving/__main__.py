@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     predict.set_defaults(command=_predict)
 
     models = commands.add_parser("models", help="list the models of a running server")
+    models.add_argument("--verbose", action="store_true", help="also how each is run: threads, the provider's options")
     _add_server(models)
     models.set_defaults(command=_models)
 
@@ -178,21 +179,29 @@ def _models(options: argparse.Namespace) -> int:
     with _client(options) as client:
         models = client.list_models()
     table = Table()
-    for column in ("model", "version", "state", "runs on", "accuracy", "golden |Δ|", "reason"):
+    for column in ("model", "version", "state", "file", "runs on", "accuracy", "golden |Δ|", "reason"):
         table.add_column(column, overflow="fold")
     for model in models:
         table.add_row(*_row(model))
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if options.verbose:
+        for model in models:
+            settings = "".join(f"\n  {name} = {value}" for name, value in sorted(model.settings.items()))
+            console.print(
+                f"{model.name} version {model.version}:{settings or ' not served'}", markup=False, soft_wrap=True
+            )
     return 0
 
 
 def _row(model: ModelInfo) -> tuple[str, ...]:
     if model.state != "READY":
-        return (model.name, model.version, model.state, "", "", "", model.reason)
+        return (model.name, model.version, model.state, "", "", "", "", model.reason)
     return (
         model.name,
         model.version,
         model.state,
+        f"{model.file}, {model.precision}" if model.verified else model.file,
         f"{model.backend}, {model.provider.removesuffix('ExecutionProvider')} on {model.device}",
         f"{model.test_accuracy:.2%}" if model.verified else "",
         f"{model.golden_max_abs:.1e}" if model.verified else "unverified",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -117,6 +117,9 @@ class ModelInfo:
     test_images: int
     golden_max_abs: float
     verified: bool  # False for a plain ONNX file, of which all but what runs it is unknown
+    file: str
+    precision: str
+    settings: Mapping[str, str]  # what else is in force of how the file is run
 
 
 def predict_request(
@@ -220,6 +223,9 @@ def _models(response: pb.ListModelsResponse) -> list[ModelInfo]:
             test_images=m.test_images,
             golden_max_abs=m.golden_max_abs,
             verified=m.verified,
+            file=m.file,
+            precision=m.precision,
+            settings=dict(m.settings),
         )
         for m in response.models
     ]

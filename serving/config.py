@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from serving.backends.engine import ConvSearch, Engine, Provider, bucket_sizes
 from serving.credentials import is_loopback
 from serving.versions import VersionPolicy
 
@@ -71,7 +73,35 @@ class ServerConfig(BaseModel):
         "auto", description="auto, cpu, cuda or cuda:N; cuda never falls back, auto does, with one warning"
     )
     threads: int = Field(
-        1, ge=1, le=256, description="threads that the model may use for one run on the CPU, in each worker"
+        Engine.threads,
+        ge=1,
+        le=256,
+        description="threads that the model may use for one run on the CPU, in each worker",
+    )
+    tf32: bool = Field(
+        Engine.tf32,
+        description="let a GPU multiply fp32 in TF32, with 10 of 23 bits of mantissa; the golden check allows for it",
+    )
+    provider: Provider = Field(
+        Engine.provider,
+        description="of ONNX Runtime on a GPU; tensorrt: what TensorRT can run, and the rest on CUDA",
+    )
+    tensorrt_cache: Path | None = Field(
+        Engine.tensorrt_cache,
+        description="folder that keeps what TensorRT built of each file; built anew at each start if not given",
+    )
+    cuda_memory_mb: int | None = Field(
+        Engine.cuda_memory_mb,
+        ge=16,
+        description="MiB of a GPU's memory for the tensors of a model version, in each worker; no limit if not given",
+    )
+    cuda_conv_search: ConvSearch = Field(
+        Engine.cuda_conv_search,
+        description="how cuDNN finds the algorithm of a convolution; exhaustive: again for each new batch size",
+    )
+    cuda_graphs: bool = Field(
+        Engine.cuda_graphs,
+        description="record the runs of the batch sizes that batches are padded to as CUDA graphs, and replay them",
     )
     max_batch_size: int = Field(1024, ge=1, le=65536, description="most images in one request")
     preferred_batch_size: int = Field(
@@ -139,6 +169,40 @@ class ServerConfig(BaseModel):
     def address(self) -> str:
         """Where to listen, host:port."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def engine(self) -> Engine:
+        """How models are run."""
+        names = {field.name for field in fields(Engine)} - {"buckets"}
+        return Engine(**self.model_dump(include=names), buckets=bucket_sizes(self.max_batch_size))
+
+    @model_validator(mode="after")
+    def _gpu(self) -> Self:
+        """What only some devices, backends and providers can do."""
+
+        def refuse(names: tuple[str, ...], problem: str) -> None:
+            for name in names:
+                if getattr(self, name) != getattr(Engine, name):
+                    raise ValueError(f"--{name.replace('_', '-')} {problem}")
+
+        of_cuda = ("cuda_memory_mb", "cuda_conv_search", "cuda_graphs")
+        of_onnx = ("provider", "tensorrt_cache", *of_cuda)
+        if self.device == "cpu" or self.backend == "aoti":
+            where = "--device cpu" if self.device == "cpu" else "--backend aoti, which is compiled for the CPU"
+            refuse(("tf32", *of_onnx), f"is for a GPU, and has no effect with {where}: leave one of them out")
+        if self.backend != "onnx":
+            refuse(of_onnx, f"is for --backend onnx, and has no effect with {self.backend}: leave one of them out")
+        if self.provider == "tensorrt":
+            refuse(of_cuda, "is for --provider cuda, and TensorRT does not heed it: leave one of them out")
+            if not self.tf32 and self.precision in ("fp32", "auto"):
+                raise ValueError(
+                    "--provider tensorrt multiplies fp32 in TF32, which ONNX Runtime cannot forbid it: give --tf32 too"
+                )
+        elif self.tensorrt_cache is not None:
+            raise ValueError("--tensorrt-cache needs --provider tensorrt")
+        if self.cuda_graphs and self.instances > 1:
+            raise ValueError(f"--cuda-graphs: one thread replays them; want --instances 1, got {self.instances}")
+        return self
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -11,6 +11,7 @@ import numpy as np
 
 from serving import bundle as bundles
 from serving.backends import Backend, open_backend, open_unverified
+from serving.backends.engine import bucket_sizes
 from serving.bundle import Bundle, Manifest
 from serving.config import ServerConfig
 from serving.errors import BundleError, DeviceError, GoldenMismatch
@@ -22,7 +23,6 @@ from serving.versions import check_inside
 logger = logging.getLogger(__name__)
 
 RUNS = 3  # of each batch size: TorchScript optimises during the second, and what it then runs is what will serve
-MAX_BUCKET = 64  # rows; larger batches are rare, and padding them would cost more than a new size
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def _open(config: ServerConfig, name: str, version: str) -> ServedModel:
     check_inside(config.repository, folder)
     manifest, golden = None, None
     if config.allow_unverified and _is_plain(folder):
-        backend = open_unverified(folder / bundles.ONNX, config.device, config.threads)
+        backend = open_unverified(folder / bundles.ONNX, config.device, config.engine)
     else:
         bundle = bundles.open_bundle(folder)
         bundle.verify()
-        backend = open_backend(config.backend, bundle, config.device, config.threads, config.precision)
+        backend = open_backend(config.backend, bundle, config.device, config.engine, config.precision)
         manifest, golden = bundle.manifest, golden_check(bundle, backend)
     max_batch_size = config.max_batch_size if _has_batch_axis(backend) else 0
     buckets = warm(backend, max_batch_size)
@@ -115,7 +115,7 @@ def golden_check(bundle: Bundle, backend: Backend) -> Comparison:
     """
     image, logits = bundle.golden()
     _, precision = bundle.manifest.artefacts()[backend.file]
-    allowed = tolerance(precision, backend.device, bundle.manifest.dataset)
+    allowed = tolerance(precision, backend.device, bundle.manifest.dataset, backend.tf32)
     for size in (1, 3, len(image)):
         for _ in range(RUNS):
             outputs = backend.run({bundle.manifest.inputs[0].name: image[:size]})
@@ -136,8 +136,8 @@ def warm(backend: Backend, max_batch_size: int) -> tuple[int, ...]:
         max_batch_size: the largest batch; 0 for a model without a batch axis.
 
     Returns:
-        Powers of two, and the largest batch where it is below MAX_BUCKET; ascending. None on the CPU, and where rows
-        of zeros cannot be made: the model has no batch axis, takes texts, has other axes of any length, or fails.
+        What `bucket_sizes` gives. None on the CPU, and where rows of zeros cannot be made: the model has no batch axis,
+        takes texts, has other axes of any length, or fails.
     """
     specs = backend.inputs
     axes = [axis for spec in specs for axis in spec.shape[1:]]
@@ -145,8 +145,7 @@ def warm(backend: Backend, max_batch_size: int) -> tuple[int, ...]:
         return ()
     if any(spec.datatype == "BYTES" for spec in specs):
         return ()
-    largest = min(max_batch_size, MAX_BUCKET)
-    sizes = sorted({largest, *(1 << power for power in range(largest.bit_length()))})
+    sizes = bucket_sizes(max_batch_size)
     try:
         for size in sizes:
             rows = {spec.name: np.zeros((size, *_numbers(spec.shape[1:])), spec.dtype) for spec in specs}
@@ -155,7 +154,7 @@ def warm(backend: Backend, max_batch_size: int) -> tuple[int, ...]:
     except Exception as error:
         logger.warning("batches are not padded to warmed sizes: the model cannot run %d rows of zeros: %s", size, error)
         return ()
-    return tuple(sizes)
+    return sizes
 
 
 def _numbers(axes: tuple[int | str, ...]) -> list[int]:

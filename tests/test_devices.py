@@ -53,7 +53,6 @@ def test_a_session_for_cuda_may_not_fall_back():
     with pytest.raises(RuntimeError, match="disable_cpu_ep_fallback"):
         cpu.get_session_config_entry("session.disable_cpu_ep_fallback")
     assert (cpu.intra_op_num_threads, cpu.inter_op_num_threads) == (2, 1)
-    assert onnx_backend.CUDA_OPTIONS["use_tf32"] == "0"
 
 
 @needs_no_gpu

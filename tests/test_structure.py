@@ -25,7 +25,7 @@ ALLOWED = {
 }
 # Heavy or optional packages, and the only modules that may import them.
 OWNERS = {
-    "onnxruntime": {"serving/backends/onnx.py"},
+    "onnxruntime": {"serving/backends/onnx.py", "serving/backends/onnx_buffers.py"},
     "torch": {f"serving/backends/{name}.py" for name in ("torch_files", "torchscript", "pt2", "aoti")},
     "opentelemetry": {"serving/tracing.py"},
     "prometheus_client": {"serving/metrics.py"},

@@ -18,11 +18,12 @@ from test_triton_client import plain, sum_of_two, tensor
 from tritonclient.utils import InferenceServerException
 from versions_load import PATIENCE_S, Clients, publish
 
+from serving.backends.engine import MAX_BUCKET
 from serving.bundle import ONNX
 from serving.client import Client
 from serving.config import ServerConfig
 from serving.errors import NotFound, StartupError, Unavailable
-from serving.loading import MAX_BUCKET, warm
+from serving.loading import warm
 from serving.metrics import render
 from serving.repository import Repository, State
 from serving.tensors import TensorSpec

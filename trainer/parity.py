@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from serving.backends import Backend, open_backend
+from serving.backends.engine import Engine
 from serving.bundle import GOLDEN, MANIFEST, Bundle
 from serving.errors import BundleError
 from serving.parity import Comparison, compare, compare_outputs, tolerance
@@ -125,7 +126,7 @@ def check(
     want = predict(network, torch.from_numpy(images)).numpy()
     rows = [_golden_row(bundle, network), _accuracy_row(bundle, want[: len(labels)], labels)]
     for file, (name, precision) in bundle.manifest.artefacts().items():
-        backend = open_backend(name, bundle, device, torch.get_num_threads(), precision)
+        backend = open_backend(name, bundle, device, Engine(torch.get_num_threads()), precision)
         allowed = tolerance(precision, backend.device, bundle.manifest.dataset)
         for size in batch_sizes(largest_batch):
             got = _answers(backend, images, size, on_images)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from serving.backends.engine import DEFAULT, Engine
 from serving.bundle import Bundle, Precision
 from serving.errors import DeviceError
 from serving.tensors import Array, TensorSpec
@@ -28,6 +29,8 @@ class Backend(Protocol):
     device: str  # cpu, cuda:0
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    tf32: bool  # whether a GPU may multiply in TF32
+    settings: Mapping[str, str]  # what else is in force, read back where that can be
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model once. Inputs and outputs are keyed by name and share their first axis, the batch.
@@ -36,7 +39,9 @@ class Backend(Protocol):
         """
 
 
-def open_backend(name: str, bundle: Bundle, device: str = "auto", threads: int = 1, precision: str = "fp32") -> Backend:
+def open_backend(
+    name: str, bundle: Bundle, device: str = "auto", engine: Engine = DEFAULT, precision: str = "fp32"
+) -> Backend:
     """Open a bundle's file for a backend on a device.
 
     Args:
@@ -44,7 +49,7 @@ def open_backend(name: str, bundle: Bundle, device: str = "auto", threads: int =
         bundle: the version; its file's bytes are verified before they are used.
         device: `cpu`; `cuda` or `cuda:N`, which fails where CUDA does not run; `auto`, CUDA where it runs, else the
             CPU, with one warning that says why.
-        threads: threads for one run on the CPU.
+        engine: how to run it.
         precision: which of the backend's files: `fp32`, `fp16`, `int8`; or `auto`, see `choose_precision`.
 
     Raises:
@@ -55,7 +60,7 @@ def open_backend(name: str, bundle: Bundle, device: str = "auto", threads: int =
 
     def open_on(device: str) -> Backend:
         chosen = choose_precision(bundle, name, device) if precision == "auto" else precision
-        backend: Backend = module.open_model(bundle, bundle.manifest.file_for(name, chosen), device, threads)
+        backend: Backend = module.open_model(bundle, bundle.manifest.file_for(name, chosen), device, engine)
         return backend
 
     return _on_device(device, open_on)
@@ -67,7 +72,7 @@ def choose_precision(bundle: Bundle, backend: str, device: str) -> Precision:
     return smallest if (backend, smallest) in bundle.manifest.artefacts().values() else "fp32"
 
 
-def open_unverified(path: Path, device: str = "auto", threads: int = 1) -> Backend:
+def open_unverified(path: Path, device: str = "auto", engine: Engine = DEFAULT) -> Backend:
     """Open a plain ONNX file, of which nothing is known but what it says itself; otherwise as `open_backend`.
 
     Raises:
@@ -75,7 +80,7 @@ def open_unverified(path: Path, device: str = "auto", threads: int = 1) -> Backe
         BundleError: the file cannot be read, or ONNX Runtime refuses it.
     """
     module = _module("onnx")
-    return _on_device(device, lambda device: module.open_file(path, device, threads))
+    return _on_device(device, lambda device: module.open_file(path, device, engine))
 
 
 def _module(name: str) -> ModuleType:

@@ -10,13 +10,14 @@ import torch
 import torch._inductor
 
 from serving.backends import torch_files
+from serving.backends.engine import Engine
 from serving.bundle import Bundle
 from serving.errors import DeviceError
 
 
-def open_model(bundle: Bundle, file: str, device: str, threads: int) -> torch_files.TorchBackend:
+def open_model(bundle: Bundle, file: str, device: str, engine: Engine) -> torch_files.TorchBackend:
     """Open a bundle's compiled package on the CPU, which it is compiled for; see `serving.backends.open_backend`."""
-    return torch_files.open_with("aoti", _load, bundle, file, device, threads)
+    return torch_files.open_with("aoti", _load, bundle, file, device, engine)
 
 
 def _load(data: bytes, device: str) -> Any:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the only module that imports it.
+"""ONNX Runtime: where its sessions are made.
 
 A CUDA provider that cannot load does not raise by itself: the session silently runs on the CPU. So a CUDA session is
 opened with every fallback forbidden, read back, and made to run a convolution before it is believed.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
+import importlib
 import io
 import json
 import sys
@@ -21,19 +23,15 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from serving.backends import cuda
-from serving.bundle import Bundle
+from serving.backends.engine import DEFAULT, Engine, cuda_options, tensorrt_options
+from serving.backends.onnx_buffers import BufferedSession, can_bind
+from serving.bundle import Bundle, Precision
 from serving.errors import BundleError, DeviceError, InvalidArgument
 from serving.tensors import Array, TensorSpec
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-
-# https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#configuration-options
-CUDA_OPTIONS = {
-    "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE, the default, tunes again for every new batch size
-    "use_tf32": "0",  # TF32 keeps 10 bits of the mantissa: not the trained model's answers
-    "arena_extend_strategy": "kSameAsRequested",  # the default doubles the memory at every growth
-}
+TENSORRT = "TensorrtExecutionProvider"
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -61,25 +59,33 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(self, session: ort.InferenceSession, file: str) -> None:
+    def __init__(self, session: ort.InferenceSession, file: str, engine: Engine) -> None:
         self.file = file
+        self.tf32 = engine.tf32
         self._session = session
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self._output_names = [spec.name for spec in self.outputs]
         self._texts = [spec.name for spec in self.inputs if spec.datatype == "BYTES"]
         self.provider, self.device = _read_back(session)
+        self._buffered: BufferedSession | None = None
+        sizes: tuple[int, ...] = ()
+        if self.device != "cpu":  # there, a plain run reads and writes the caller's own memory
+            sizes = engine.buckets if can_bind((*self.inputs, *self.outputs)) else ()
+            signature = (self.inputs, self.outputs)
+            self._buffered = BufferedSession(session, self.device, *signature, sizes, engine.cuda_graphs)
+        self.settings = _settings(session, self.device, sizes, engine)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As `Backend.run`. `InferenceSession.run` is thread-safe and releases the interpreter's lock."""
         given = dict(inputs)
         for name in self._texts:
             given[name] = _as_text(name, given[name])
+        if self._buffered:
+            return self._buffered.run(given)  # what fails there may be the device's fault
         try:
             return dict(zip(self._output_names, self._session.run(self._output_names, given), strict=True))
         except _REFUSALS as error:
-            if self.device != "cpu":  # there, the device may be at fault
-                raise
             raise InvalidArgument(f"the model cannot run with these inputs: {error}") from error
 
 
@@ -94,10 +100,11 @@ def _as_text(name: str, elements: Array) -> Array:
     return array.reshape(elements.shape)
 
 
-def open_model(bundle: Bundle, file: str, device: str, threads: int) -> OnnxBackend:
+def open_model(bundle: Bundle, file: str, device: str, engine: Engine) -> OnnxBackend:
     """Open one of a bundle's ONNX files on `cpu` or `cuda:N`; see `serving.backends.open_backend`."""
-    session = open_session(bundle.read(file), device, threads)
-    backend = OnnxBackend(session, file)
+    _, precision = bundle.manifest.artefacts()[file]
+    session = open_session(bundle.read(file), device, engine, precision)
+    backend = OnnxBackend(session, file, engine)
     if (backend.inputs, backend.outputs) != (bundle.manifest.inputs, bundle.manifest.outputs):
         raise BundleError(f"{bundle.path}: {file}'s signature is not the manifest's")
     labels = session.get_modelmeta().custom_metadata_map.get("labels")
@@ -106,31 +113,36 @@ def open_model(bundle: Bundle, file: str, device: str, threads: int) -> OnnxBack
     return backend
 
 
-def open_file(path: Path, device: str, threads: int) -> OnnxBackend:
+def open_file(path: Path, device: str, engine: Engine) -> OnnxBackend:
     """Open a plain ONNX file on `cpu` or `cuda:N`; see `serving.backends.open_unverified`."""
     try:
         model = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
-    return OnnxBackend(open_session(model, device, threads), path.name)
+    return OnnxBackend(open_session(model, device, engine), path.name, engine)
 
 
-def open_session(model: bytes, device: str, threads: int = 1) -> ort.InferenceSession:
+def open_session(
+    model: bytes, device: str, engine: Engine = DEFAULT, precision: Precision = "fp32"
+) -> ort.InferenceSession:
     """A session that runs where it was asked to, or an error.
 
     Args:
         model: a serialised ONNX model.
         device: `cpu` or `cuda:N`.
-        threads: threads for one run; on CUDA the few nodes' launches need only one.
+        engine: how to run it.
+        precision: the file's, which TensorRT has to be told.
 
     Raises:
-        DeviceError: CUDA was asked for and does not run; the text has the cause.
+        DeviceError: CUDA or TensorRT was asked for and does not run; the text has the cause.
         BundleError: ONNX Runtime refuses the model.
     """
     if device == "cpu":
-        return _create(model, session_options(device, threads), [CPU])
+        return _create(model, session_options(device, engine.threads), [CPU])
     _prove_cuda(device)
-    return _create_on_cuda(model, device, threads)
+    if engine.provider == "tensorrt" and (problem := _provider_problem("tensorrt")):
+        raise DeviceError(problem)
+    return _create_on_cuda(model, device, engine, precision)
 
 
 @functools.cache  # once a device
@@ -144,20 +156,35 @@ def _prove_cuda(device: str) -> None:
     if problem:
         raise DeviceError(problem)
     try:
-        session = _create_on_cuda(PROBE_MODEL, device, threads=1)
+        session = _create_on_cuda(PROBE_MODEL, device, DEFAULT, "fp32")
         session.run(None, {"x": np.ones((2, 1, 4, 4), np.float32)})  # a missing cuDNN shows only now
     except Exception as error:  # ONNX Runtime's exceptions share no root but this
         raise DeviceError(f"ONNX Runtime does not run on {device}: {error}") from error
 
 
-def _create_on_cuda(model: bytes, device: str, threads: int) -> ort.InferenceSession:
-    options = {"device_id": device.partition(":")[2], **CUDA_OPTIONS}
-    session = _create(model, session_options(device, threads), [(CUDA, options)])
+def _create_on_cuda(model: bytes, device: str, engine: Engine, precision: Precision) -> ort.InferenceSession:
+    providers = [(CUDA, cuda_options(engine, device))]
+    if engine.provider == "tensorrt":
+        options = tensorrt_options(engine, device, precision, hashlib.sha256(model).hexdigest())
+        if folder := options.get("trt_engine_cache_path"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        providers.insert(0, (TENSORRT, options))
+    # One thread of the CPU: all that it does is to launch a few kernels.
+    session = _create(model, session_options(device, threads=1), providers)
     session.disable_fallback()  # or run() would rebuild the session on the CPU after a CUDA failure
-    provider, ran_on = _read_back(session)
-    if (provider, ran_on) != (CUDA, device):
-        raise DeviceError(f"ONNX Runtime was asked for {device} and runs on {ran_on} with {provider}")
+    require(session, device, providers[0][0])
     return session
+
+
+def require(session: ort.InferenceSession, device: str, provider: str) -> None:
+    """Read back that a session's nodes are on a device, with a provider among those that have them.
+
+    Raises:
+        DeviceError: they are not.
+    """
+    found, ran_on = _read_back(session)
+    if ran_on != device or provider not in found.split("+"):
+        raise DeviceError(f"ONNX Runtime was asked for {device} with {provider}, and runs on {ran_on} with {found}")
 
 
 def session_options(device: str, threads: int) -> ort.SessionOptions:
@@ -183,11 +210,26 @@ def _create(model: bytes, options: ort.SessionOptions, providers: list[Any]) -> 
 
 
 def _read_back(session: ort.InferenceSession) -> tuple[str, str]:
-    """The provider and device that the session's nodes were really given to."""
-    assigned = sorted({group.ep_name for group in session.get_provider_graph_assignment_info()})
-    if assigned == [CUDA]:
-        return CUDA, f"cuda:{session.get_provider_options()[CUDA].get('device_id', '0')}"
+    """The providers, joined by +, and the device that the session's nodes were really given to."""
+    assigned = sorted({group.ep_name for group in session.get_provider_graph_assignment_info()}, reverse=True)
+    if assigned and set(assigned) <= {CUDA, TENSORRT}:  # TensorRT leaves to CUDA what it cannot run
+        return "+".join(assigned), f"cuda:{session.get_provider_options()[CUDA].get('device_id', '0')}"
     return "+".join(assigned) or session.get_providers()[0], "cpu"
+
+
+def _settings(session: ort.InferenceSession, device: str, sizes: tuple[int, ...], engine: Engine) -> dict[str, str]:
+    """What is in force, as `Backend.settings` has it; what ONNX Runtime knows is read back from it."""
+    options = session.get_session_options()
+    found = {
+        "threads": str(options.intra_op_num_threads),
+        "graph_optimization": options.graph_optimization_level.name.removeprefix("ORT_").lower(),
+    }
+    if device != "cpu":
+        batches = ",".join(map(str, sizes)) or "none"
+        found |= {"io_binding": batches, "cuda_graphs": batches if engine.cuda_graphs else "none"}
+    for provider, values in session.get_provider_options().items():
+        found |= {f"{provider}.{key}": value for key, value in values.items()}
+    return found
 
 
 def _provider_problem(provider: str) -> str | None:
@@ -204,10 +246,15 @@ def _provider_problem(provider: str) -> str | None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         ort.preload_dlls()  # prints what it misses instead of raising
+    if provider == "tensorrt":
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tensorrt_libs")  # NVIDIA's package, which loads its libraries
     ctypes.CDLL(str(capi / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
     problem = cuda.library_problem(str(library))
     if problem and provider == "cuda":
         return f"{problem}; onnxruntime-gpu needs CUDA 13 and cuDNN 9: pip install 'parityserve[cuda]', or torch"
+    if problem and provider == "tensorrt":
+        return f"{problem}; --provider tensorrt needs TensorRT 10 and CUDA 13: pip install 'tensorrt-cu13<11'"
     return problem
 
 
@@ -229,15 +276,13 @@ PROBE_MODEL = bytes.fromhex(
 
 def provider_problem(provider: str) -> str | None:
     """Why an execution provider of this ONNX Runtime does not run a convolution here; None when it does."""
-    if provider == CPU:
-        device, short = "cpu", ""
-    elif provider == CUDA:
-        device, short = "cuda:0", "cuda"
-    else:
+    known = {CPU: ("cpu", DEFAULT), CUDA: ("cuda:0", DEFAULT), TENSORRT: ("cuda:0", Engine(provider="tensorrt"))}
+    if provider not in known:
         short = provider.removesuffix("ExecutionProvider").lower()
         return _provider_problem(short) or "parityserve does not use this provider"
+    device, engine = known[provider]
     try:
-        open_session(PROBE_MODEL, device)
+        open_session(PROBE_MODEL, device, engine)
     except (DeviceError, BundleError) as error:
         return str(error)
     return None

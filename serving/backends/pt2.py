@@ -11,12 +11,13 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from serving.backends import torch_files
+from serving.backends.engine import Engine
 from serving.bundle import Bundle
 
 
-def open_model(bundle: Bundle, file: str, device: str, threads: int) -> torch_files.TorchBackend:
+def open_model(bundle: Bundle, file: str, device: str, engine: Engine) -> torch_files.TorchBackend:
     """Open a bundle's pt2 file on `cpu` or `cuda:N`; see `serving.backends.open_backend`."""
-    return torch_files.open_with("pt2", _load, bundle, file, device, threads)
+    return torch_files.open_with("pt2", _load, bundle, file, device, engine)
 
 
 def _load(data: bytes, device: str) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from serving.backends import cuda
+from serving.backends.engine import Engine
 from serving.bundle import Bundle
 from serving.errors import BundleError, DeviceError
 from serving.tensors import Array, TensorSpec
@@ -26,8 +27,10 @@ class TorchBackend:
         device: torch.device,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
+        tf32: bool,
     ) -> None:
         self.name = name
+        self.tf32 = tf32
         self.file = file
         self._module = module
         self._device = device
@@ -48,6 +51,12 @@ class TorchBackend:
                 raise BundleError(f"{self.file}'s {spec.name} is {answer.dtype} {list(answer.shape)}")
         if len(answers) != len(outputs):
             raise BundleError(f"{self.file} has {len(answers)} outputs, the manifest {len(outputs)}")
+        self.settings = {"threads": str(torch.get_num_threads())}
+        if device.type == "cuda":
+            self.settings |= {
+                "matmul.fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+                "cudnn.conv.fp32_precision": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+            }
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As `Backend.run`."""
@@ -67,7 +76,7 @@ def open_with(
     bundle: Bundle,
     file: str,
     device: str,
-    threads: int,
+    engine: Engine,
 ) -> TorchBackend:
     """Open a bundle's file on `cpu` or `cuda:N`; see `serving.backends.open_backend`.
 
@@ -76,7 +85,7 @@ def open_with(
         load: makes what can be called of the file's bytes, for a device.
         file: its name in the bundle.
     """
-    probe(device)
+    probe(device, engine.tf32)
     data = bundle.read(file)
     try:
         module = load(data, device)
@@ -84,12 +93,14 @@ def open_with(
         raise
     except Exception as error:  # each of torch's loaders has errors of its own
         raise BundleError(f"{bundle.path / file}: torch cannot open it: {error}") from error
-    torch.set_num_threads(threads)  # of the whole process: torch knows no other
-    return TorchBackend(name, file, module, torch.device(device), bundle.manifest.inputs, bundle.manifest.outputs)
+    torch.set_num_threads(engine.threads)  # of the whole process: torch knows no other
+    return TorchBackend(
+        name, file, module, torch.device(device), bundle.manifest.inputs, bundle.manifest.outputs, engine.tf32
+    )
 
 
-def probe(device: str) -> None:
-    """Run a convolution on `cpu` or `cuda:N`.
+def probe(device: str, tf32: bool = False) -> None:
+    """Run a convolution on `cpu` or `cuda:N`, and say there, for the whole process, whether TF32 may be used.
 
     Raises:
         DeviceError: it does not run; the text has the cause.
@@ -101,9 +112,8 @@ def probe(device: str) -> None:
         problem = f"torch {torch.__version__} (built for CUDA {torch.version.cuda}) finds no CUDA device"
     if problem:
         raise DeviceError(problem)
-    # fp32 means fp32: TF32 would not give the trained model's answers.
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # missing in the stubs
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]  # missing in the stubs
     try:
         ones = torch.ones(1, 1, 4, 4, device=device)
         torch.nn.functional.conv2d(ones, ones).cpu()

@@ -194,8 +194,11 @@ def _describe(status: Status) -> pb.Model:
     if status.served:
         backend, manifest, golden = status.served.backend, status.served.manifest, status.served.golden
         model.backend, model.provider, model.device = backend.name, backend.provider, backend.device
+        model.file = backend.file
+        model.settings.update(backend.settings)
         if manifest and golden:
             model.verified = True
+            model.precision = manifest.artefacts()[backend.file][1]
             model.dataset = manifest.dataset
             model.labels.extend(manifest.labels)
             model.test_accuracy, model.test_images = manifest.test_accuracy.value, manifest.test_accuracy.n

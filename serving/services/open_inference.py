@@ -266,9 +266,10 @@ def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadat
 def _properties(served: ServedModel) -> dict[str, str]:
     """Read back from what really runs."""
     about = {"backend": served.backend.name, "provider": served.backend.provider, "device": served.backend.device}
-    if served.golden is None:
+    if served.golden is None or served.manifest is None:
         return {**about, "verified": "false"}
-    return {**about, "verified": "true", "golden_max_abs": f"{served.golden.max_abs:.3g}"}
+    _, precision = served.manifest.artefacts()[served.backend.file]
+    return {**about, "precision": precision, "verified": "true", "golden_max_abs": f"{served.golden.max_abs:.3g}"}
 
 
 def _labels(served: ServedModel) -> dict[str, tuple[str, ...]]:
@@ -294,6 +295,7 @@ def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfi
     labels = _labels(served)
     skipped = 1 if served.max_batch_size else 0  # the batch axis is not among a configuration's dims
     on_gpu = served.backend.device != "cpu"
+    in_force = {**served.backend.settings, **_properties(served)}
     config = pb.ModelConfig(
         name=served.name,
         platform=platform,
@@ -327,7 +329,7 @@ def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfi
             )
         ],
         default_model_filename=served.backend.file,
-        parameters={key: pb.ModelParameter(string_value=value) for key, value in _properties(served).items()},
+        parameters={key: pb.ModelParameter(string_value=value) for key, value in in_force.items()},
     )
     if served.max_batch_size:
         limits = served.scheduler.limits
