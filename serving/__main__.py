@@ -17,7 +17,7 @@ from rich.table import Table
 from serving import logs, sources
 from serving.client import DEFAULT_TARGET, Client, ModelInfo, PredictResult
 from serving.config import ServerConfig
-from serving.credentials import Credentials, read_tokens
+from serving.credentials import add_credentials, given_credentials
 from serving.errors import InvalidArgument, ParityserveError
 from serving.images import Polarity
 from serving.machine import worker_count
@@ -96,32 +96,11 @@ def _add_server(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--server", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server (default: {DEFAULT_TARGET})"
     )
-    command.add_argument("--tls", action="store_true", help="use TLS, with the system's certificate authorities")
-    command.add_argument("--tls-ca", type=Path, metavar="PATH", help="use TLS; PEM file: who vouches for the server")
-    command.add_argument("--tls-cert", type=Path, metavar="PATH", help="PEM file: our certificate, for mutual TLS")
-    command.add_argument("--tls-key", type=Path, metavar="PATH", help="PEM file: our certificate's key")
-    command.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="PATH",
-        help=f"file with a bearer token, of which the first is sent (default: ${sources.TOKEN_VARIABLE}, the token)",
-    )
-    command.add_argument(
-        "--allow-plaintext-token", action="store_true", help="send it without TLS, where something else encrypts"
-    )
+    add_credentials(command)
 
 
 def _client(options: argparse.Namespace) -> Client:
-    token = read_tokens(options.token_file)[0] if options.token_file else os.environ.get(sources.TOKEN_VARIABLE, "")
-    credentials = Credentials(
-        tls=options.tls,
-        ca=options.tls_ca,
-        cert=options.tls_cert,
-        key=options.tls_key,
-        token=token,
-        allow_plaintext_token=options.allow_plaintext_token,
-    )
-    return Client(options.server, credentials=credentials)
+    return Client(options.server, credentials=given_credentials(options))
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_TIMEOUT_S = 30.0
 NO_CREDENTIALS = Credentials()
 
-_OPTIONS: list[tuple[str, Any]] = [
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Each client has a connection of its own: by default all in a process share one, and a server of several workers
@@ -258,7 +258,9 @@ class Client:
         self._metadata = credentials.metadata(target)
         secure = credentials.channel()
         self._channel = (
-            grpc.secure_channel(target, secure, _OPTIONS) if secure else grpc.insecure_channel(target, _OPTIONS)
+            grpc.secure_channel(target, secure, CHANNEL_OPTIONS)
+            if secure
+            else grpc.insecure_channel(target, CHANNEL_OPTIONS)
         )
         self._stub = classifier_pb2_grpc.ClassifierStub(self._channel)
 
@@ -327,7 +329,9 @@ class AsyncClient:
         self._metadata = credentials.metadata(target)
         secure = credentials.channel()
         self._channel = (
-            grpc.aio.secure_channel(target, secure, _OPTIONS) if secure else grpc.aio.insecure_channel(target, _OPTIONS)
+            grpc.aio.secure_channel(target, secure, CHANNEL_OPTIONS)
+            if secure
+            else grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
         )
         self._stub = classifier_pb2_grpc.ClassifierStub(self._channel)
 

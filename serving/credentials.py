@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import grpc
 
 from serving.errors import InvalidArgument
 
+TOKEN_VARIABLE = "PARITYSERVE_TOKEN"  # of the environment
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # https://datatracker.ietf.org/doc/html/rfc6750#section-2.1
 
 
@@ -60,6 +63,41 @@ class Credentials:
                 "or allow it where something else encrypts (--allow-plaintext-token)"
             )
         return (("authorization", f"Bearer {self.token}"),)
+
+
+def add_credentials(command: argparse.ArgumentParser) -> None:
+    """Give a command that calls a server the options that `given_credentials` reads."""
+    command.add_argument("--tls", action="store_true", help="use TLS, with the system's certificate authorities")
+    command.add_argument("--tls-ca", type=Path, metavar="PATH", help="use TLS; PEM file: who vouches for the server")
+    command.add_argument("--tls-cert", type=Path, metavar="PATH", help="PEM file: our certificate, for mutual TLS")
+    command.add_argument("--tls-key", type=Path, metavar="PATH", help="PEM file: our certificate's key")
+    command.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="PATH",
+        help=f"file with a bearer token, of which the first is sent (default: ${TOKEN_VARIABLE}, the token)",
+    )
+    command.add_argument(
+        "--allow-plaintext-token", action="store_true", help="send it without TLS, where something else encrypts"
+    )
+
+
+def given_credentials(options: argparse.Namespace) -> Credentials:
+    """What the options of `add_credentials` say.
+
+    Raises:
+        ValueError: the token file has no token.
+        OSError: it cannot be read.
+    """
+    token = read_tokens(options.token_file)[0] if options.token_file else os.environ.get(TOKEN_VARIABLE, "")
+    return Credentials(
+        tls=options.tls,
+        ca=options.tls_ca,
+        cert=options.tls_cert,
+        key=options.tls_key,
+        token=token,
+        allow_plaintext_token=options.allow_plaintext_token,
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -72,6 +72,21 @@ def tolerance(precision: str, device: str, dataset: str = "", tf32: bool = False
     return TOLERANCES["tf32" if tf32 and (precision, kind) == ("fp32", "cuda") else precision, kind]
 
 
+INT8_LAYER = 0.25  # of the layer's range: 64 of 256 steps; what quantisation alone costs adds up to half of that
+
+
+def layer_tolerance(precision: str, device: str, reference: npt.NDArray[np.floating]) -> Tolerance:
+    """How far the values of one layer may be from the reference's, which are any shape.
+
+    Logits follow from layers: the table holds for these too, but that there are no classes to judge. int8, which has no
+    bound on logits, is held to a share of the layer's range.
+    """
+    allowed = tolerance(precision, device)
+    if allowed.atol is None:
+        allowed = replace(allowed, atol=INT8_LAYER * float(reference.max() - reference.min()), rtol=0.0)
+    return replace(allowed, top1_agreement=0.0)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What a comparison found; it passed when `failures` is empty."""
@@ -90,6 +105,11 @@ class Comparison:
         return not self.failures
 
 
+def not_compared(reason: str, n: int = 0) -> Comparison:
+    """The comparison that failed before any answer of `n` images could be compared."""
+    return Comparison(n, np.inf, np.inf, 0.0, None, 0, (reason,))
+
+
 def compare(reference: Floats, candidate: Floats, allowed: Tolerance, labels: Labels | None = None) -> Comparison:
     """Compare a candidate's logits with the reference's, both float32 [N, classes], and collect every failure.
 
@@ -105,8 +125,7 @@ def compare(reference: Floats, candidate: Floats, allowed: Tolerance, labels: La
     if reference.size == 0:
         raise ValueError("nothing to compare: the reference has no logits")
     if candidate.shape != reference.shape:
-        failure = f"shape {list(candidate.shape)}, want {list(reference.shape)}"
-        return Comparison(len(reference), np.inf, np.inf, 0.0, None, 0, (failure,))
+        return not_compared(f"shape {list(candidate.shape)}, want {list(reference.shape)}", len(reference))
     difference = np.nan_to_num(np.abs(candidate.astype(np.float64) - reference), nan=np.inf)
     # Written so that a NaN in the candidate is a failure, not a comparison that is quietly false.
     excess = np.where(np.isfinite(candidate), difference - _margin(reference, allowed), np.inf)

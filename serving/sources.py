@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from serving.config import ServerConfig
+from serving.credentials import TOKEN_VARIABLE
 from serving.options import build, flag, kind_of, near, read_toml
 
 PREFIX = "PARITYSERVE_"
 CONFIG_VARIABLE = "PARITYSERVE_CONFIG"
-TOKEN_VARIABLE = "PARITYSERVE_TOKEN"  # the client's
-_OTHERS = {CONFIG_VARIABLE, TOKEN_VARIABLE, "PARITYSERVE_DATA_DIR"}  # the last is the trainer's
+_OTHERS = {CONFIG_VARIABLE, TOKEN_VARIABLE, "PARITYSERVE_DATA_DIR"}  # the client's and the trainer's
 
 # What Kubernetes puts into every pod of the namespace for a Service named parityserve:
 # https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables

@@ -6,26 +6,19 @@ Exit codes: 0 done; 1 it failed, or a parity row did; 2 the command is wrong; 13
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from serving.errors import ParityserveError
 from serving.options import add_options, given, parse
 from trainer import sources
-from trainer.commands import ablate, export, search
+from trainer.commands import ablate, diff, export, parity, search
 from trainer.commands.parts import EXAMPLES, add_data_dir, add_sources, console, obtain
 from trainer.config import DatasetName, NetworkConfig, TrainConfig
 from trainer.memory import keep_freed_memory
-
-if TYPE_CHECKING:
-    from trainer.parity import Report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,22 +79,8 @@ def parser() -> argparse.ArgumentParser:
     search.add(commands)
 
     export.add(commands)
-
-    parity = commands.add_parser("parity", help="compare every file of a version with the PyTorch model")
-    parity.add_argument(
-        "--bundle", type=Path, required=True, metavar="PATH", help="a version's folder, or a model's for its newest"
-    )
-    parity.add_argument(
-        "--device",
-        default="auto",
-        metavar="TEXT",
-        help="auto, cpu, cuda or cuda:N; only auto falls back (default: auto)",
-    )
-    parity.add_argument(
-        "--json", type=Path, metavar="PATH", help="where the report goes (default: runs/parity-<model>-<version>.json)"
-    )
-    add_data_dir(parity)
-    parity.set_defaults(command=_parity)
+    parity.add(commands)
+    diff.add(commands)
 
     plots = commands.add_parser("plots", help="draw how a network was trained, where it errs and what its layers see")
     subject = plots.add_mutually_exclusive_group(required=True)
@@ -193,36 +172,6 @@ def _summary(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parity(options: argparse.Namespace) -> int:
-    from serving.bundle import newest, open_bundle
-    from serving.config import ServerConfig
-
-    parse(ServerConfig, argparse.Namespace(device=options.device))  # as the server takes it
-    bundle = open_bundle(newest(options.bundle))
-    manifest = bundle.manifest
-    from trainer import data, parity
-
-    test = data.load_test(data.DATASETS[manifest.dataset], obtain(manifest.dataset, options.data_dir))
-    with Progress(
-        TextColumn("comparing with PyTorch"),
-        BarColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=None)
-        report = parity.check(bundle, test, options.device, on_images=lambda images: bar.advance(task, images))
-    console.print(_table(report))
-    path = options.json or Path("runs") / f"parity-{report.model}-{report.version}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report.document(), indent=2) + "\n", encoding="utf-8")
-    console.print(f"report: {path}", soft_wrap=True)
-    for row in report.rows:
-        for failure in row.comparison.failures:
-            console.print(f"FAILED {row.file}, batch {row.batch_size}: {failure}", style="red", soft_wrap=True)
-    return 0 if report.passed else 1
-
-
 def _plots(options: argparse.Namespace) -> int:
     from serving.bundle import newest, open_bundle
     from trainer import checkpoint, data, pictures
@@ -247,28 +196,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from trainer.doctor import doctor
 
     return 0 if doctor(console, options.data_dir) else 1
-
-
-def _table(report: Report) -> Table:
-    table = Table(
-        title=f"{report.model} version {report.version} against eager PyTorch, fp32, CPU\n"
-        f"{report.images} images, reference accuracy {report.reference_accuracy:.2%}",
-        caption="\n".join(sorted({f"{row.file}: {row.provider} on {row.device}" for row in report.rows})),
-    )
-    for column in ("file", "batch", "max |Δ|", "mean |Δ|", "same class", "accuracy", "verdict"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "file" else "right")
-    for row in report.rows:
-        found = row.comparison
-        table.add_row(
-            row.file,
-            str(row.batch_size),
-            f"{found.max_abs:.1e}",
-            f"{found.mean_abs:.1e}",
-            f"{found.top1_agreement:.2%}",
-            "" if found.accuracy is None else f"{found.accuracy:.2%}",
-            "[green]pass[/green]" if found.passed else "[red]FAIL[/red]",
-        )
-    return table
 
 
 if __name__ == "__main__":

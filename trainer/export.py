@@ -22,6 +22,7 @@ from trainer.artefacts import INPUT, LOGITS, PROBABILITIES, Artefact
 from trainer.checkpoint import Checkpoint
 from trainer.config import CLASSES
 from trainer.data import DATASETS, Split
+from trainer.matrix import Report
 from trainer.models import Deployed, Network, count_parameters
 from trainer.report import model_card
 from trainer.train import evaluate, predict
@@ -44,7 +45,7 @@ def export(
     on_step: Callable[[str], None] = lambda _: None,
     chosen: Sequence[Artefact] = artefacts.DEFAULT,
     calibration: torch.Tensor | None = None,
-) -> tuple[Bundle, parity.Report]:
+) -> tuple[Bundle, Report]:
     """Write the next version of a model, prove it, and only then give it its number.
 
     Args:
@@ -142,7 +143,7 @@ def _manifest(checkpoint: Checkpoint, network: Network, folder: Path, chosen: Se
     )
 
 
-def _with_parity(manifest: Manifest, report: parity.Report) -> Manifest:
+def _with_parity(manifest: Manifest, report: Report) -> Manifest:
     """The manifest with the figures of each file's worst batch size."""
     files = dict(manifest.files)
     for name in {row.file for row in report.rows} & set(files):

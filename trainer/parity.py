@@ -1,4 +1,4 @@
-"""Prove that a bundle's files answer like the PyTorch model: every file, on a device, over the test set and extremes.
+"""Prove that a bundle's files answer like the PyTorch model: every file, on every device, over test set and extremes.
 
 The reference is the network rebuilt from the bundle's `weights.pt`: eager PyTorch, fp32, on the CPU. The tolerances
 stand in `serving/parity.py`, which the server's load gate uses too.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,51 +17,23 @@ import torch
 from pydantic import ValidationError
 
 from serving.backends import Backend, open_backend
+from serving.backends.cuda import device_names
 from serving.backends.engine import Engine
-from serving.bundle import GOLDEN, MANIFEST, Bundle
-from serving.errors import BundleError
-from serving.parity import Comparison, compare, compare_outputs, tolerance
+from serving.bundle import GOLDEN, LABELS, MANIFEST, Bundle
+from serving.errors import BundleError, DeviceError, InvalidArgument
+from serving.parity import Comparison, compare, compare_outputs, not_compared, tolerance
+from serving.remote import RemoteBackend
 from trainer.config import HEIGHT, WIDTH, NetworkConfig
-from trainer.data import Split
+from trainer.data import DATASETS, Split
+from trainer.matrix import Report, Row, Worst, distribution
 from trainer.models import Network
 from trainer.train import EVALUATION_BATCH, predict
 
 NOISE_IMAGES = 16
 NOISE_SEED = 0
+_EXTREMES = ("all 0", "all 255", *(f"noise {index}" for index in range(NOISE_IMAGES)))  # what `extremes` gives
 ACCURACY_IMAGES = 2  # a tie may fall otherwise on the device that measured the accuracy
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the parity table: a file on a device, with one batch size."""
-
-    file: str
-    backend: str
-    provider: str
-    device: str
-    batch_size: int
-    comparison: Comparison
-
-
-@dataclass(frozen=True)
-class Report:
-    """The parity table of one version."""
-
-    model: str
-    version: int
-    images: int
-    reference_accuracy: float
-    rows: tuple[Row, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every row passed."""
-        return all(row.comparison.passed for row in self.rows)
-
-    def document(self) -> dict[str, Any]:
-        """The report as JSON takes it."""
-        rows = [{**asdict(row), "passed": row.comparison.passed} for row in self.rows]
-        return {**asdict(self), "rows": rows, "passed": self.passed}
+_CPU_ONLY = {"aoti"}  # compiled for a processor
 
 
 def extremes() -> npt.NDArray[np.uint8]:
@@ -100,44 +71,114 @@ def reference(bundle: Bundle) -> Network:
     return network.eval()
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What every candidate is compared with."""
+
+    images: npt.NDArray[np.uint8]  # [N, 1, 28, 28]: the test set, then the extremes
+    labels: npt.NDArray[np.int64]  # of the test set
+    logits: npt.NDArray[np.float32]  # of all images
+    dataset: str
+
+    def rows(
+        self, backend: Backend, precision: str, sizes: tuple[int, ...], on_images: Callable[[int], None]
+    ) -> Iterator[Row]:
+        """A row for each batch size."""
+        allowed = tolerance(precision, backend.device, self.dataset)
+        server = backend.target if isinstance(backend, RemoteBackend) else ""
+        for size in sizes:
+            place = (backend.file, backend.name, precision, backend.provider, backend.device, server, size)
+            try:
+                got = _answers(backend, self.images, size, on_images)
+            except InvalidArgument as error:  # a file that opens, and cannot run these images
+                yield Row(*place, not_compared(str(error)))
+                continue
+            comparison = compare_outputs(self.logits, got, allowed, self.labels)
+            logits = np.asarray(got["logits"], np.float32)
+            yield Row(*place, comparison, self._worst(comparison, logits), distribution(self.logits, logits))
+
+    def _worst(self, comparison: Comparison, got: npt.NDArray[np.float32]) -> Worst | None:
+        if comparison.passed or got.shape != self.logits.shape:
+            return None
+        index, n = comparison.worst, len(self.labels)
+        name = f"test image {index}" if index < n else _EXTREMES[index - n]
+        label = int(self.labels[index]) if index < n else None
+        return Worst(index, name, label, tuple(self.logits[index].tolist()), tuple(got[index].tolist()))
+
+
+def devices(spec: str) -> tuple[str, ...]:
+    """The devices that `--device` names: `all` is the CPU and every CUDA device that the driver offers."""
+    return ("cpu", *(f"cuda:{index}" for index in range(len(device_names())))) if spec == "all" else (spec,)
+
+
 def check(
     bundle: Bundle,
     test: Split,
-    device: str = "auto",
+    device: str = "all",
     largest_batch: int = 1000,
-    on_images: Callable[[int], None] = lambda _: None,
+    on_images: Callable[[int, int], None] = lambda *_: None,
+    remote: RemoteBackend | None = None,
 ) -> Report:
     """Compare every file of a bundle with the reference.
+
+    A file that cannot be opened is a failed row. With `all`, one that a CUDA device here cannot run is left out.
 
     Args:
         bundle: a version; its files are verified as they are opened.
         test: the test set, on the CPU.
-        device: where the files run: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: where the files run: `all`, `auto`, `cpu`, `cuda` or `cuda:N`.
         largest_batch: the largest batch size to try.
-        on_images: called with the number of images after every batch.
+        on_images: called after every batch with its number of images, and with that of the whole comparison.
+        remote: a server that serves the version, which is then compared too.
 
     Raises:
-        BundleError: a file is missing or damaged.
-        DeviceError: the device cannot be used.
+        BundleError: the weights or golden answers are missing or damaged, or the server runs a file of another bundle.
+        DeviceError: the device that was named cannot be used.
     """
     network = reference(bundle)
-    images = np.concatenate([test.images.numpy(), extremes()])
-    labels = test.labels.numpy()
-    want = predict(network, torch.from_numpy(images)).numpy()
-    rows = [_golden_row(bundle, network), _accuracy_row(bundle, want[: len(labels)], labels)]
-    for file, (name, precision) in bundle.manifest.artefacts().items():
-        backend = open_backend(name, bundle, device, Engine(torch.get_num_threads()), precision)
-        allowed = tolerance(precision, backend.device, bundle.manifest.dataset)
-        for size in batch_sizes(largest_batch):
-            got = _answers(backend, images, size, on_images)
-            comparison = compare_outputs(want, got, allowed, labels)
-            rows.append(Row(file, backend.name, backend.provider, backend.device, size, comparison))
+    images, labels = np.concatenate([test.images.numpy(), extremes()]), test.labels.numpy()
+    manifest = bundle.manifest
+    wanted = _Wanted(images, labels, predict(network, torch.from_numpy(images)).numpy(), manifest.dataset)
+    rows, left_out = [_golden_row(bundle, network), _manifest_row(bundle, wanted)], []
+    sizes = batch_sizes(largest_batch)
+    artefacts = manifest.artefacts()
+    remote_sizes = batch_sizes(min(largest_batch, remote.max_batch_size)) if remote else ()
+    total = len(images) * (len(artefacts) * len(devices(device)) * len(sizes) + len(remote_sizes))
+
+    def advance(count: int) -> None:
+        on_images(count, total)
+
+    for file, (name, precision) in artefacts.items():
+        for place in devices(device):
+            try:
+                if name in _CPU_ONLY and place.startswith("cuda"):
+                    raise DeviceError(f"{name} is compiled for the CPU")
+                backend = open_backend(name, bundle, place, Engine(torch.get_num_threads()), precision)
+            except BundleError as error:
+                rows.append(Row(file, name, precision, "", place, "", sizes[0], not_compared(str(error))))
+            except DeviceError as error:
+                if device != "all" and name not in _CPU_ONLY:
+                    raise
+                left_out.append(f"{file} on {place}: {error}")
+            else:
+                rows += wanted.rows(backend, precision, sizes, advance)
+                continue
+            advance(len(images) * len(sizes))
+    if remote:
+        if remote.file not in artefacts or artefacts[remote.file][0] != remote.name:
+            raise BundleError(
+                f"{remote.target} runs {remote.file} with {remote.name}, which {bundle.path} does not have: "
+                f"{', '.join(artefacts)}; name the folder of the version that the server serves"
+            )
+        rows += wanted.rows(remote, artefacts[remote.file][1], remote_sizes, advance)
     return Report(
-        model=bundle.manifest.model,
-        version=bundle.manifest.version,
+        model=manifest.model,
+        version=manifest.version,
+        dataset=manifest.dataset,
         images=len(images),
-        reference_accuracy=float((want[: len(labels)].argmax(1) == labels).mean()),
+        reference_accuracy=float((wanted.logits[: len(labels)].argmax(1) == labels).mean()),
         rows=tuple(rows),
+        left_out=tuple(left_out),
     )
 
 
@@ -146,18 +187,27 @@ def _golden_row(bundle: Bundle, network: Network) -> Row:
     image, logits = bundle.golden()
     again = predict(network, torch.from_numpy(image)).numpy()
     comparison = compare(again, logits, tolerance("fp32", "cpu"))
-    return Row(GOLDEN, "eager", "torch", "cpu", len(image), comparison)
+    worst = None
+    if not comparison.passed:
+        index = comparison.worst
+        worst = Worst(index, f"golden image {index}", None, tuple(again[index].tolist()), tuple(logits[index].tolist()))
+    return Row(GOLDEN, "eager", "fp32", "torch", "cpu", "", len(image), comparison, worst)
 
 
-def _accuracy_row(bundle: Bundle, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Row:
-    """Whether the accuracy that the manifest claims, if of as many images, is that of the weights beside it."""
+def _manifest_row(bundle: Bundle, wanted: _Wanted) -> Row:
+    """Whether the manifest's labels are the data set's, and its accuracy, if of as many images, that of the weights."""
+    labels, n = DATASETS[wanted.dataset].labels, len(wanted.labels)
     claimed = bundle.manifest.test_accuracy
-    measured = float((logits.argmax(1) == labels).mean())
+    measured = float((wanted.logits[:n].argmax(1) == wanted.labels).mean())
     failures = []
-    if claimed.n == len(labels) and abs(measured - claimed.value) * claimed.n > ACCURACY_IMAGES + 0.5:
+    if claimed.n == n and abs(measured - claimed.value) * n > ACCURACY_IMAGES + 0.5:
         failures.append(f"the manifest claims an accuracy of {claimed.value:.4%}, its weights have {measured:.4%}")
-    comparison = Comparison(len(labels), 0.0, 0.0, 1.0, measured, 0, tuple(failures))
-    return Row(MANIFEST, "eager", "torch", "cpu", EVALUATION_BATCH, comparison)
+    written = tuple(bundle.read(LABELS).decode(errors="replace").splitlines())
+    for where, found in ((MANIFEST, bundle.manifest.labels), (LABELS, written)):
+        if found != labels:
+            failures.append(f"the labels of {where} are {', '.join(found)}; {wanted.dataset} has {', '.join(labels)}")
+    comparison = Comparison(n, 0.0, 0.0, 1.0, measured, 0, tuple(failures))
+    return Row(MANIFEST, "eager", "fp32", "torch", "cpu", "", EVALUATION_BATCH, comparison)
 
 
 def _answers(

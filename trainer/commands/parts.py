@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from serving.errors import BundleError
 from trainer import sources
+
+if TYPE_CHECKING:
+    from serving.bundle import Bundle
+    from trainer.data import Dataset
 
 EXAMPLES = [0, 1, 2]  # test images whose feature maps are drawn unless told otherwise
 
@@ -52,3 +58,17 @@ def obtain(dataset_name: str, data_dir: Path | None) -> Path:
         source = data.obtain(data.DATASETS[dataset_name], folder, show)
     console.print(f"data: {dataset_name}, four files with the right sha256, from {source}", soft_wrap=True)
     return folder
+
+
+def known_dataset(bundle: Bundle) -> Dataset:
+    """The data set that a version was trained on.
+
+    Raises:
+        BundleError: it is none of ours.
+    """
+    from trainer import data
+
+    name = bundle.manifest.dataset
+    if name not in data.DATASETS:
+        raise BundleError(f"{bundle.path}: its data set is {name!r}, want one of {', '.join(data.DATASETS)}")
+    return data.DATASETS[name]
