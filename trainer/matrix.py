@@ -39,7 +39,7 @@ class Row:
     file: str
     backend: str
     precision: str
-    provider: str  # empty, as `device`, where the file could not be opened
+    provider: str  # as read back; empty where the file could not be opened
     device: str
     server: str  # host:port; empty for what ran in this process
     batch_size: int
@@ -50,7 +50,9 @@ class Row:
     @property
     def where(self) -> str:
         """What ran the file, as people read it."""
-        return f"server {self.server}" if self.server else f"{self._short} on {self.device}" if self.provider else ""
+        if self.server:
+            return f"server {self.server}"
+        return f"{self.provider.removesuffix('ExecutionProvider')} on {self.device}" if self.provider else self.device
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def table(report: Report) -> Table:
         shown.add_row(
             row.file,
             row.precision,
-            row.where or row.device,
+            row.where,
             str(row.batch_size),
             *(f"{value:.1e}" if np.isfinite(value) else "" for value in (found.max_abs, found.mean_abs)),
             f"{found.top1_agreement:.2%}" if found.n else "",
@@ -182,7 +184,7 @@ def write_junit(report: Report, labels: Sequence[str], path: Path) -> None:
             suite,
             "testcase",
             classname=f"{row.file} {row.precision}",
-            name=f"{row.where or row.device}, batch {row.batch_size}",
+            name=f"{row.where}, batch {row.batch_size}",
         )
         if row in texts:
             text = _printable(texts[row])

@@ -100,10 +100,8 @@ def _parity(options: argparse.Namespace) -> int:
         parity_plots.differences(report).savefig(options.picture, format="png")
         console.print(f"picture: {options.picture}", soft_wrap=True)
     for row, text in matrix.failures(report, dataset.labels):
-        where = f", {row.where}" if row.where else ""
-        console.print(
-            f"FAILED {row.file}, batch {row.batch_size}{where}: {text}", style="red", markup=False, soft_wrap=True
-        )
+        title = f"FAILED {row.file}, {row.where}, batch {row.batch_size}"
+        console.print(f"{title}: {text}", style="red", markup=False, soft_wrap=True)
     if options.bisect:
         images = np.concatenate([test.images.numpy(), parity.extremes()])
         worst = {row.worst.index for row in report.rows if row.worst and row.backend == "onnx"}
