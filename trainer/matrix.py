@@ -107,7 +107,7 @@ def table(report: Report) -> Table:
     )
     left = ("file", "precision", "where")
     for column in (*left, "batch", "max |Δ|", "mean |Δ|", "same class", "accuracy", "verdict"):
-        shown.add_column(column, no_wrap=column != "where", justify="left" if column in left else "right")
+        shown.add_column(column, no_wrap=True, justify="left" if column in left else "right")
     for row in report.rows:
         found = row.comparison
         shown.add_row(

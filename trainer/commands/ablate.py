@@ -9,16 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from serving.errors import ParityserveError
 from serving.options import add_options, given
 from trainer import studies
-from trainer.commands.parts import add_data_dir, add_sources, console, obtain
+from trainer.commands.parts import add_data_dir, add_sources, console, obtain, print_whole
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -91,8 +89,7 @@ def _ablate(options: argparse.Namespace) -> int:
         results = ablate.run(study, seeds, train, test, file, watcher)
     rows = ablate.compare(study, results)
     table = _table(rows)
-    whole = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(whole, console.width)).print(table)  # a narrow terminal breaks its lines, and loses nothing
+    print_whole(table)
     notes = _notes(study, results, len(seeds))
     for note in notes:
         console.print(note, soft_wrap=True, highlight=False)

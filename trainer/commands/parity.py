@@ -13,7 +13,7 @@ import numpy as np
 from serving.credentials import add_credentials, given_credentials
 from serving.errors import BundleError
 from serving.options import parse
-from trainer.commands.parts import add_data_dir, console, known_dataset, obtain
+from trainer.commands.parts import add_data_dir, console, known_dataset, obtain, print_whole
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _parity(options: argparse.Namespace) -> int:
             bar.update(task, advance=images, total=total)
 
         report = parity.check(bundle, test, options.device, on_images=show, remote=remote)
-    console.print(matrix.table(report))
+    print_whole(matrix.table(report))
     for text in report.left_out:
         console.print(f"left out: {text}", style="yellow", soft_wrap=True)
     path = options.json or Path("runs") / f"parity-{report.model}-{report.version}.json"
@@ -126,7 +126,7 @@ def _bisect(bundle: Bundle, report: Report, images: npt.NDArray[np.uint8]) -> No
         except BundleError as error:  # it was a failed row, too
             console.print(f"{file} cannot be compared layer by layer: {error}", style="red", soft_wrap=True)
             continue
-        console.print(bisect.table(file, layers))
+        print_whole(bisect.table(file, layers))
         console.print(bisect.summary(file, layers), soft_wrap=True)
     if not every:
         console.print("--bisect: the version has no ONNX file; export one with --formats onnx")

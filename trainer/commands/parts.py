@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 from serving.errors import BundleError
 from trainer import sources
@@ -40,6 +42,12 @@ def add_sources(command: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="TOML file with options, or the manifest.json of an exported version, to repeat its training",
     )
+
+
+def print_whole(table: Table) -> None:
+    """Print a table at its full width: a narrow terminal breaks its lines, and loses nothing."""
+    whole = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(whole, console.width)).print(table)
 
 
 def obtain(dataset_name: str, data_dir: Path | None) -> Path:
