@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,26 @@ def sample() -> tuple[Split, Split]:
             for part in ("train", "test")
         ]
     return splits[0], splits[1]
+
+
+@pytest.fixture(scope="module")
+def small_data(sample: tuple[Split, Split], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Both data sets as files of the sample, which pass for the whole: the commands read them as any."""
+    folder = tmp_path_factory.mktemp("data")
+    arrays = [array.numpy() for split in sample for array in (split.images[:, 0], split.labels.byte())]
+    files = {}
+    for name, array in zip(DATASETS["mnist"].sha256, arrays, strict=True):
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+        files[name] = header + array.tobytes()
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(data.DATA_DIR_VARIABLE, str(folder))
+        for name, dataset in list(DATASETS.items()):
+            patch.setitem(DATASETS, name, replace(dataset, sha256=hashes))
+            (folder / name).mkdir()
+            for file, content in files.items():
+                (folder / name / file).write_bytes(content)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -278,7 +278,7 @@ def test_export_and_parity(data_dir, checkpoint, tmp_path):
     change_weight(tmp_path / "exported" / "m" / "1", 1.05)
     done = command(*words)
     assert done.returncode == 1
-    assert "FAILED model.onnx, batch 1: logits: " in done.stdout
+    assert "FAILED model.onnx, CPU on cpu, batch 1: logits: " in done.stdout
     assert json.loads(report.read_text())["passed"] is False
 
 

@@ -1,18 +1,17 @@
 """docs/courses.md: each of its commands is accepted as it stands, and run on a sample in a small form."""
 
-import hashlib
 import re
 import runpy
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import trainer.__main__
+import trainer.commands.export
 from serving.options import given
-from trainer import data, sources, studies
+from trainer import sources, studies
 from trainer.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -58,26 +57,6 @@ TOLD = {
     "python -m trainer train --dataset mnist --epochs 10 --checkpoint runs/long.pt --resume": ["resumed after epoch 1"],
     "python -m trainer parity --bundle exported/mnist": ["pass"],
 }
-
-
-@pytest.fixture(scope="module")
-def small_data(sample, tmp_path_factory):
-    """Both data sets as files of the sample, which pass for the whole: the commands read them as any."""
-    folder = tmp_path_factory.mktemp("data")
-    arrays = [array.numpy() for split in sample for array in (split.images[:, 0], split.labels.byte())]
-    files = {}
-    for name, array in zip(data.DATASETS["mnist"].sha256, arrays, strict=True):
-        header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-        files[name] = header + array.tobytes()
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(data.DATA_DIR_VARIABLE, str(folder))
-        for name, dataset in list(data.DATASETS.items()):
-            patch.setitem(data.DATASETS, name, replace(dataset, sha256=hashes))
-            (folder / name).mkdir()
-            for file, content in files.items():
-                (folder / name / file).write_bytes(content)
-        yield
 
 
 def kind(command):
@@ -130,7 +109,9 @@ def test_each_command_is_accepted_with_its_values(command):
 def test_every_command_runs_in_the_pages_order(small_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(trainer.__main__, "_draw_beside", lambda *_: None)  # of an export: as plots draws, and slow
+    monkeypatch.setattr(
+        trainer.commands.export, "_draw_beside", lambda *_: None
+    )  # of an export: as plots draws, and slow
     lines = {}
     for command in COMMANDS:
         if kind(command) == "search" or command in ELSEWHERE:
