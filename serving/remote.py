@@ -81,6 +81,8 @@ class RemoteBackend:
                 "metadata; want a server of parityserve"
             )
         self.name, self.provider, self.device = said["backend"], said["provider"], said["device"]
+        self.tf32 = said.get("tf32") == "true"
+        self.settings: Mapping[str, str] = {name: value.string_value for name, value in config.parameters.items()}
         self.file: str = config.default_model_filename
         self.max_batch_size: int = config.max_batch_size
         self.inputs = tuple(map(_spec, metadata.inputs))

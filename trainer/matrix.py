@@ -41,6 +41,7 @@ class Row:
     precision: str
     provider: str  # as read back; empty where the file could not be opened
     device: str
+    tf32: bool  # whether a GPU might multiply in TF32
     server: str  # host:port; empty for what ran in this process
     batch_size: int
     comparison: Comparison

@@ -84,10 +84,19 @@ class _Wanted:
         self, backend: Backend, precision: str, sizes: tuple[int, ...], on_images: Callable[[int], None]
     ) -> Iterator[Row]:
         """A row for each batch size."""
-        allowed = tolerance(precision, backend.device, self.dataset)
+        allowed = tolerance(precision, backend.device, self.dataset, backend.tf32)
         server = backend.target if isinstance(backend, RemoteBackend) else ""
         for size in sizes:
-            place = (backend.file, backend.name, precision, backend.provider, backend.device, server, size)
+            place = (
+                backend.file,
+                backend.name,
+                precision,
+                backend.provider,
+                backend.device,
+                backend.tf32,
+                server,
+                size,
+            )
             try:
                 got = _answers(backend, self.images, size, on_images)
             except InvalidArgument as error:  # a file that opens, and cannot run these images
@@ -155,7 +164,7 @@ def check(
                     raise DeviceError(f"{name} is compiled for the CPU")
                 backend = open_backend(name, bundle, place, Engine(torch.get_num_threads()), precision)
             except BundleError as error:
-                rows.append(Row(file, name, precision, "", place, "", sizes[0], not_compared(str(error))))
+                rows.append(Row(file, name, precision, "", place, False, "", sizes[0], not_compared(str(error))))
             except DeviceError as error:
                 if device != "all" and name not in _CPU_ONLY:
                     raise
@@ -191,7 +200,7 @@ def _golden_row(bundle: Bundle, network: Network) -> Row:
     if not comparison.passed:
         index = comparison.worst
         worst = Worst(index, f"golden image {index}", None, tuple(again[index].tolist()), tuple(logits[index].tolist()))
-    return Row(GOLDEN, "eager", "fp32", "torch", "cpu", "", len(image), comparison, worst)
+    return Row(GOLDEN, "eager", "fp32", "torch", "cpu", False, "", len(image), comparison, worst)
 
 
 def _manifest_row(bundle: Bundle, wanted: _Wanted) -> Row:
@@ -207,7 +216,7 @@ def _manifest_row(bundle: Bundle, wanted: _Wanted) -> Row:
         if found != labels:
             failures.append(f"the labels of {where} are {', '.join(found)}; {wanted.dataset} has {', '.join(labels)}")
     comparison = Comparison(n, 0.0, 0.0, 1.0, measured, 0, tuple(failures))
-    return Row(MANIFEST, "eager", "fp32", "torch", "cpu", "", EVALUATION_BATCH, comparison)
+    return Row(MANIFEST, "eager", "fp32", "torch", "cpu", False, "", EVALUATION_BATCH, comparison)
 
 
 def _answers(

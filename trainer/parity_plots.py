@@ -37,7 +37,7 @@ def differences(report: Report) -> Figure:
         passed = all(row.comparison.passed for row in rows)
         colour = BLUE if passed else VERMILION
         axes.stairs(counts, DIFFERENCE_EDGES, fill=True, baseline=0.5, color=colour)
-        allowed = tolerance(rows[0].precision, rows[0].device, report.dataset)
+        allowed = tolerance(rows[0].precision, rows[0].device, report.dataset, rows[0].tf32)
         if allowed.atol is None:
             text = "no bound on logits:\nclasses are judged"
             axes.text(0.99, 0.5, text, transform=axes.transAxes, ha="right", va="center", fontsize=9, color=GREY)

@@ -266,6 +266,7 @@ def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadat
 def _properties(served: ServedModel) -> dict[str, str]:
     """Read back from what really runs."""
     about = {"backend": served.backend.name, "provider": served.backend.provider, "device": served.backend.device}
+    about["tf32"] = str(served.backend.tf32).lower()
     if served.golden is None or served.manifest is None:
         return {**about, "verified": "false"}
     _, precision = served.manifest.artefacts()[served.backend.file]
