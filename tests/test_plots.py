@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 import trainer.__main__
+import trainer.commands.export
 from serving.bundle import MANIFEST, open_bundle
 from serving.parity import softmax
 from trainer import checkpoint as checkpoints
@@ -449,7 +450,7 @@ def test_without_matplotlib_the_extra_is_named(bundle):
 
 
 def test_an_export_draws_beside_what_it_published(tampered, sample, capsys):
-    trainer.__main__._draw_beside(open_bundle(tampered / MODEL / "1"), sample[1])
+    trainer.commands.export._draw_beside(open_bundle(tampered / MODEL / "1"), sample[1])
     names = {path.name for path in (tampered / MODEL / "plots" / "1").iterdir()}
     assert {"curves.png", "feature-maps-0.png", "feature-maps-1.png", "feature-maps-2.png"} <= names
     assert "pictures: " in capsys.readouterr().out
@@ -457,7 +458,7 @@ def test_an_export_draws_beside_what_it_published(tampered, sample, capsys):
 
 def test_an_export_without_matplotlib_is_complete_and_says_what_it_lacks(bundle):
     code = (
-        "from pathlib import Path; import trainer.__main__ as m; from serving.bundle import open_bundle; "
+        "from pathlib import Path; import trainer.commands.export as m; from serving.bundle import open_bundle; "
         "m._draw_beside(open_bundle(Path(sys.argv[1])), None)"
     )
     done = command(bundle.path, code=code, without="matplotlib")

@@ -33,6 +33,17 @@ class MaxPool2d(nn.MaxPool2d):
         return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
 
 
+class GlobalAveragePool2d(nn.Module):
+    """Each channel's mean over its pixels.
+
+    Of torch's own the ONNX exporter makes a chain with a Shape node, which CUDA leaves to the CPU.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, C, 1, 1] of [N, C, H, W]."""
+        return x.mean((2, 3), keepdim=True)
+
+
 class Network(nn.Module):
     """Blocks of convolutions, then linear layers: raw pixels in, logits out."""
 
@@ -79,7 +90,7 @@ def _features(config: NetworkConfig) -> tuple[list[nn.Module], int]:
                 layers.append(MaxPool2d(config.pool))
             layers.append(_ACTIVATIONS[config.activation]())
     if config.global_pool:
-        return [*layers, nn.AdaptiveAvgPool2d(1)], width
+        return [*layers, GlobalAveragePool2d()], width
     return layers, width * config.feature_size**2
 
 
