@@ -117,7 +117,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "reason", "dataset", "labels", "backend", "provider", "device", "test_accuracy", "test_images", "golden_max_abs", "verified", "file", "precision", "settings")
+    __slots__ = ("name", "version", "state", "reason", "dataset", "labels", "backend", "provider", "device", "test_accuracy", "test_images", "golden_max_abs", "verified", "file", "precision", "settings", "version_labels")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -153,6 +153,7 @@ class Model(_message.Message):
     FILE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_LABELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     state: Model.State
@@ -169,4 +170,5 @@ class Model(_message.Message):
     file: str
     precision: str
     settings: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., dataset: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., provider: _Optional[str] = ..., device: _Optional[str] = ..., test_accuracy: _Optional[float] = ..., test_images: _Optional[int] = ..., golden_max_abs: _Optional[float] = ..., verified: _Optional[bool] = ..., file: _Optional[str] = ..., precision: _Optional[str] = ..., settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    version_labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., dataset: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., provider: _Optional[str] = ..., device: _Optional[str] = ..., test_accuracy: _Optional[float] = ..., test_images: _Optional[int] = ..., golden_max_abs: _Optional[float] = ..., verified: _Optional[bool] = ..., file: _Optional[str] = ..., precision: _Optional[str] = ..., settings: _Optional[_Mapping[str, str]] = ..., version_labels: _Optional[_Iterable[str]] = ...) -> None: ...

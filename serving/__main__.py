@@ -1,4 +1,4 @@
-"""`python -m serving serve | predict | models | conformance | doctor`: arguments, logging, exit codes.
+"""`python -m serving serve | predict | models | promote | labels | conformance | doctor`: the command line.
 
 Exit codes: 0 done; 1 the server, a model or the machine is at fault; 2 the command or its files are.
 """
@@ -9,12 +9,13 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from serving import logs, sources
+from serving import logs, sources, version_labels
 from serving.client import DEFAULT_TARGET, Client, ModelInfo, PredictResult
 from serving.config import ServerConfig
 from serving.credentials import add_credentials, given_credentials
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="classify picture files on a running server")
     predict.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, WebP, GIF or BMP, of any size")
     predict.add_argument("--model", default="", help="its name; needed when the server has several")
-    predict.add_argument("--version", default="", help="a version number; the newest that is ready when not given")
+    predict.add_argument("--version", default="", help="a number or a label; stable when not given, or the newest")
     predict.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to list (default: 3)")
     predict.add_argument(
         "--polarity",
@@ -79,6 +80,19 @@ def parser() -> argparse.ArgumentParser:
     _add_server(models)
     models.set_defaults(command=_models)
 
+    promote = commands.add_parser("promote", help="give a version a label, which servers of the repository follow")
+    promote.add_argument("model", metavar="MODEL", help="its name")
+    promote.add_argument("version", metavar="VERSION", nargs="?", type=int, help="its number; not with --remove")
+    promote.add_argument("--label", required=True, metavar="TEXT", help="stable, canary or any other name")
+    promote.add_argument("--remove", action="store_true", help="take the label away")
+    _add_repository(promote)
+    promote.set_defaults(command=_promote)
+
+    labels = commands.add_parser("labels", help="the labels of a model's versions in a repository")
+    labels.add_argument("model", metavar="MODEL", help="its name")
+    _add_repository(labels)
+    labels.set_defaults(command=_labels)
+
     conformance = commands.add_parser(
         "conformance", help="check any server against the Open Inference Protocol; 1 when it breaks a rule"
     )
@@ -90,6 +104,10 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can serve with, and why not with the rest")
     doctor.set_defaults(command=_doctor)
     return top
+
+
+def _add_repository(command: argparse.ArgumentParser) -> None:
+    add_options(command, ServerConfig, ["repository"])
 
 
 def _add_server(command: argparse.ArgumentParser) -> None:
@@ -174,18 +192,44 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _row(model: ModelInfo) -> tuple[str, ...]:
+    version = f"{model.version} {', '.join(model.version_labels)}".strip()
     if model.state != "READY":
-        return (model.name, model.version, model.state, "", "", "", "", model.reason)
+        return (model.name, version, model.state, "", "", "", "", model.reason)
     return (
         model.name,
-        model.version,
+        version,
         model.state,
-        f"{model.file}, {model.precision}" if model.verified else model.file,
+        f"{model.file}, {model.precision}" if model.precision else model.file,
         f"{model.backend}, {model.provider.removesuffix('ExecutionProvider')} on {model.device}",
         f"{model.test_accuracy:.2%}" if model.verified else "",
         f"{model.golden_max_abs:.1e}" if model.verified else "unverified",
-        "",
+        model.reason,
     )
+
+
+def _promote(options: argparse.Namespace) -> int:
+    if (options.version is None) != options.remove:
+        raise ValueError("promote: give a VERSION to promote, or --remove and no VERSION")
+    repository = _repository(options)
+    if options.remove:
+        _print_labels(version_labels.remove(repository, options.model, options.label))
+    else:
+        _print_labels(version_labels.promote(repository, options.model, options.version, options.label))
+    return 0
+
+
+def _labels(options: argparse.Namespace) -> int:
+    _print_labels(version_labels.of(_repository(options), options.model))
+    return 0
+
+
+def _repository(options: argparse.Namespace) -> Path:
+    return sources.load(given(ServerConfig, options), os.environ)[0].repository
+
+
+def _print_labels(labels: Mapping[str, int]) -> None:
+    for label, number in sorted(labels.items()):
+        print(f"{label} {number}")  # noqa: T201
 
 
 def _conformance(options: argparse.Namespace) -> int:

@@ -116,10 +116,11 @@ class ModelInfo:
     test_accuracy: float
     test_images: int
     golden_max_abs: float
-    verified: bool  # False for a plain ONNX file, of which all but what runs it is unknown
+    verified: bool  # False for a plain ONNX file, of which the rest is unknown, and where `--golden warn` let it pass
     file: str
     precision: str
     settings: Mapping[str, str]  # what else is in force of how the file is run
+    version_labels: tuple[str, ...]  # that mean this version
 
 
 def predict_request(
@@ -226,6 +227,7 @@ def _models(response: pb.ListModelsResponse) -> list[ModelInfo]:
             file=m.file,
             precision=m.precision,
             settings=dict(m.settings),
+            version_labels=tuple(m.version_labels),
         )
         for m in response.models
     ]

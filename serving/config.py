@@ -52,7 +52,9 @@ class ServerConfig(BaseModel):
         False, description="take tokens without TLS on other addresses than loopback, where something else encrypts"
     )
     version_policy: Annotated[str, AfterValidator(_policy)] = Field(
-        "latest", description="which versions of a model to serve: latest, latest:N, all, or specific:N,N"
+        "latest",
+        description="which versions of a model to serve: latest, latest:N, all, specific:N,N, or labels; "
+        "those that have a label are served too",
     )
     model_control: Literal["none", "explicit", "poll"] = Field(
         "none",
@@ -62,6 +64,11 @@ class ServerConfig(BaseModel):
     poll_s: float = Field(5.0, gt=0, description="seconds between two looks at the repository, with poll")
     allow_unverified: bool = Field(
         False, description="serve plain <model>/<version>/model.onnx too, which no golden answers vouch for"
+    )
+    golden: Literal["strict", "warn"] = Field(
+        "strict",
+        description="what becomes of a version whose golden answers are not the trained model's; strict: it is not "
+        "served; warn: it is, with a warning, and never as verified",
     )
     server_name: str = Field("parityserve", description="what ServerMetadata answers; some clients want 'triton'")
     backend: BackendName = Field("onnx", description="what runs the model: which of a version's files is served")

@@ -42,7 +42,7 @@ class Report:
     """What a process tells of itself when its models changed."""
 
     readiness: Readiness
-    models: bytes  # what `Repository.statuses` gives, for the process that takes the place of one that died
+    models: bytes  # what `Repository.statuses` and `labels` give, for the process that takes the place of one that died
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class Local:
 
     def models(self) -> bytes:
         """What is served here and what is not, for `Repository.adopt` of another process."""
-        return pickle.dumps([replace(status, served=None) for status in self._repository.statuses()])
+        statuses = [replace(status, served=None) for status in self._repository.statuses()]
+        return pickle.dumps((statuses, self._repository.labels()))
 
 
 class Member:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from serving import bundle as bundles
-from serving import loading, memory
-from serving.catalog import UNLOADED, Catalog, Model, State, Status
+from serving import loading, memory, version_labels
+from serving.catalog import UNLOADED, Catalog, State, Status
 from serving.config import ServerConfig
 from serving.errors import BundleError, DeviceError, InvalidArgument, NotFound, Unavailable
 from serving.loading import ServedModel
+from serving.version_labels import Labels
 from serving.versions import Files, Seen, VersionPolicy, look
 
 __all__ = ["UNLOADED", "Repository", "ServedModel", "State", "Status"]
@@ -40,6 +41,7 @@ class Repository(Catalog):
         self._seen: Seen = {}  # at the last look at the folder
         self._tried: dict[tuple[str, int], Files | None] = {}  # the files of a version that is served, or failed
         self._trouble = ""  # why the last look failed
+        self._label_troubles: dict[tuple[str, str], list[str]] = {}  # said last, by model, of file or versions
 
     def scan(self) -> None:
         """Find the versions of every model asked for that the policy selects, and note them as LOADING.
@@ -60,22 +62,27 @@ class Repository(Catalog):
         self._wanted = set(config.models or (() if config.model_control == "explicit" else self._seen))
         for name in self._wanted:
             present = self._seen[name]
+            if not self._note_labels(name):
+                continue
+            labelled = self._labels[name].numbers
             if config.model_control == "poll":  # the others will be complete some day
-                selected = self._policy.select(number for number in present if self._is_complete(present[number]))
+                complete = {number for number in present if self._is_complete(present[number])}
+                selected = self._policy.select(complete, labelled)
             else:
-                selected = self._policy.select(present)
+                selected = self._policy.select(present, labelled)
                 if not selected:
                     self._note(Status(name, "", State.UNAVAILABLE, self._none_selected(present)))
             for number in selected:
                 self._note(Status(name, str(number), State.LOADING))
 
-    def adopt(self, statuses: Iterable[Status]) -> None:
+    def adopt(self, statuses: Iterable[Status], labels: Mapping[str, Labels]) -> None:
         """Instead of `scan`: note as LOADING the versions that another repository serves, newest or not.
 
         With `model_control` poll the folder says what to serve, as at any time.
 
         Args:
             statuses: what its `statuses` gave, without what runs there.
+            labels: what its `labels` gave.
 
         Raises:
             BundleError: as `scan`.
@@ -83,6 +90,7 @@ class Repository(Catalog):
         if self._config.model_control == "poll":
             self.scan()
             return
+        self._labels = dict(labels)
         for status in statuses:
             ready = status.state is State.READY
             self._note(replace(status, state=State.LOADING, reason="") if ready else status)
@@ -103,6 +111,8 @@ class Repository(Catalog):
                             self._load(name, status.number)
                 if self._config.model_control == "poll":
                     self._follow(name, self._seen[name], self._seen[name])
+                else:
+                    self._enforce_labels(name)
         self._started = True
 
     def load(self, name: str) -> None:
@@ -121,7 +131,9 @@ class Repository(Catalog):
             present = bundles.versions(self._config.repository / name)
             if not present:
                 raise InvalidArgument(f"failed to load '{name}', failed to poll from model repository")
-            selected = sorted(self._policy.select(present))
+            if not self._note_labels(name):
+                raise InvalidArgument(f"failed to load '{name}', {'; '.join(self._label_troubles[name, 'file'])}")
+            selected = sorted(self._policy.select(present, self._labels[name].wanted.values()))
             if not selected:
                 raise InvalidArgument(f"failed to load '{name}', {self._none_selected(present)}")
             failures = []
@@ -130,6 +142,7 @@ class Repository(Catalog):
                     self._load(name, number)
                 except (BundleError, DeviceError) as error:
                     failures.append(f"version {number}: {error}" if len(selected) > 1 else str(error))
+            self._enforce_labels(name)
             self._tidy(name, present)
             memory.give_back()
         if failures:
@@ -146,7 +159,7 @@ class Repository(Catalog):
             if model is None:
                 raise NotFound(f"failed to unload '{name}', the model is not known")
             self._drain(name, model.statuses)
-            self._models[name] = Model(Status(name, version, State.UNAVAILABLE, UNLOADED) for version in model.statuses)
+            self._put(name, [Status(name, version, State.UNAVAILABLE, UNLOADED) for version in model.statuses])
 
     def poll(self) -> bool:
         """Look at the folder, and load and unload what changed in it; whether that changed any status.
@@ -185,6 +198,9 @@ class Repository(Catalog):
 
     def _follow(self, name: str, present: dict[int, Files], before: dict[int, Files]) -> None:
         """Have a model's versions served that the policy selects of those in the folder that may be served."""
+        if not self._note_labels(name) and name not in self._labels:
+            return
+        labelled = self._labels[name].wanted.values()
         while not self._closed:
             served = self._model(name).numbers
             new = {
@@ -197,7 +213,7 @@ class Repository(Catalog):
                     new.remove(number)
                     self._tried[name, number] = present[number]  # said once
                     logger.warning("model %s version %s is not loaded: it has no %s", name, number, bundles.MANIFEST)
-            todo = new & self._policy.select(new | (served & set(present)))
+            todo = new & self._policy.select(new | (served & set(present)), labelled)
             if not todo:
                 break
             for number in sorted(todo):
@@ -207,6 +223,8 @@ class Repository(Catalog):
                     pass
                 except DeviceError as error:
                     logger.error("model %s version %s is not served: %s", name, number, error)
+        coming = [number for number, files in present.items() if self._tried.get((name, number)) != files]
+        self._enforce_labels(name, coming)
         self._tidy(name, present)
 
     def _load(self, name: str, number: int) -> None:
@@ -220,19 +238,63 @@ class Repository(Catalog):
             served = loading.load(self._config, name, version)
         except (BundleError, DeviceError) as error:
             if before and before.served:
-                self._note(replace(before, reason=f"what was loaded goes on being served, since now: {error}"))
+                reasons = (before.served.doubt, f"what was loaded goes on being served, since now: {error}")
+                self._note(replace(before, reason="; ".join(filter(None, reasons))))
             else:
                 self._note(Status(name, version, State.UNAVAILABLE, str(error)))
             raise
-        self._note(Status(name, version, State.READY, served=served))
+        self._note(Status(name, version, State.READY, served.doubt, served))
         if before and before.served:
             before.served.scheduler.close()
+
+    def _note_labels(self, name: str) -> bool:
+        """Read a model's labels; whether that worked. Where it did not, those from before stay, and it is logged.
+
+        The first labels of a model are in force at once, changed ones by `_enforce_labels`.
+        """
+        try:
+            wanted = version_labels.read(self._config.repository / name)
+        except BundleError as error:
+            if name in self._labels:
+                self._tell(name, "file", [f"{error}; the labels from before stay in force"])
+            else:
+                self._tell(name, "file", [str(error)])
+                self._note(Status(name, "", State.UNAVAILABLE, str(error)))
+            return False
+        self._tell(name, "file", [])
+        before = self._labels.get(name)
+        self._labels[name] = Labels(wanted, before.in_force if before else wanted)
+        return True
+
+    def _enforce_labels(self, name: str, coming: Collection[int] = ()) -> None:
+        """Have requests answered by the labels that a model has now, as far as their versions are READY.
+
+        What keeps the others is logged, but for versions that are `coming`: a later look may load them.
+        """
+        if (before := self._labels.get(name)) is None:
+            return
+        model = self._model(name)
+        labels = self._labels[name] = before.enforced(model.numbers)
+        if labels != model.labels and model.statuses:
+            self._put(name, model.statuses.values())
+        for label, number in labels.in_force.items():
+            if before.in_force.get(label) != number:
+                logger.info("model %s: the label %s means version %s from now on", name, label, number)
+        self._tell(name, "versions", labels.troubles({*model.numbers, *coming}))
+
+    def _tell(self, name: str, of: str, troubles: list[str]) -> None:
+        """Log what is wrong with a model's labels, once."""
+        for trouble in troubles:
+            if trouble not in self._label_troubles.get((name, of), ()):
+                logger.error("model %s: %s", name, trouble)
+        self._label_troubles[name, of] = troubles
 
     def _tidy(self, name: str, present: Collection[int]) -> None:
         """Unload what the policy selects no more of the versions in the folder, and forget what is not there."""
         served = self._model(name).numbers
-        keep = self._policy.select(served & set(present))
-        if served and not keep and self._policy.select(present):  # what should be served instead is not
+        labelled = self._labels[name].numbers
+        keep = self._policy.select(served & set(present), labelled)
+        if served and not keep and self._policy.select(present, labelled):  # what should be served instead is not
             keep = {max(served)}
         gone = {str(number) for number in served - keep}
         self._drain(name, gone)
@@ -244,9 +306,10 @@ class Repository(Catalog):
             if status.version not in gone and status.reason != UNLOADED and (status.served or status.number in present)
         ]
         if left:
-            self._models[name] = Model(left)
+            self._put(name, left)
         else:
             self._models.pop(name, None)
+            self._labels.pop(name, None)
 
     def _drain(self, name: str, versions: Collection[str]) -> None:
         """From now on no request reaches these versions of a model; returns when those that wait are answered."""
@@ -254,8 +317,9 @@ class Repository(Catalog):
         leaving = [status for status in statuses if status.served and status.version in versions]
         if not leaving:
             return
-        self._models[name] = Model(
-            Status(name, status.version, State.UNLOADING) if status in leaving else status for status in statuses
+        self._put(
+            name,
+            [Status(name, status.version, State.UNLOADING) if status in leaving else status for status in statuses],
         )
         for status in leaving:
             assert status.served
@@ -264,14 +328,15 @@ class Repository(Catalog):
 
     def _note(self, status: Status) -> None:
         known = self._model(status.name).statuses.values()
-        self._models[status.name] = Model([*(o for o in known if o.version not in (status.version, "")), status])
+        self._put(status.name, [*(o for o in known if o.version not in (status.version, "")), status])
 
     def _is_complete(self, files: Files) -> bool:
         return files.complete(self._config.allow_unverified)
 
     def _none_selected(self, present: Iterable[int]) -> str:
         have = ", ".join(str(number) for number in sorted(present))
-        return f"--version-policy {self._config.version_policy} selects none of its versions {have}"
+        text = f"--version-policy {self._config.version_policy} selects none of its versions {have}"
+        return f"{text}; python -m serving promote gives one a label" if self._policy.kind == "labels" else text
 
     def index(self) -> list[Status]:
         """As `statuses`, with the models in the repository that were never loaded; reads the folder."""

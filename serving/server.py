@@ -120,9 +120,9 @@ class Server:
         Raises:
             BundleError: the repository has nothing to serve.
         """
-        statuses = pickle.loads(models)
+        statuses, labels = pickle.loads(models)
         self._taken_over = {(status.name, status.version) for status in statuses if status.state is State.READY}
-        self.repository.adopt(statuses)
+        self.repository.adopt(statuses, labels)
         self._join()
 
     def _join(self) -> None:

@@ -40,7 +40,7 @@ class Version:
     """One version as it stands."""
 
     state: State
-    reason: str = ""  # why it is UNAVAILABLE
+    reason: str = ""  # as a `Status` has it
     runs_on: frozenset[RunsOn] = frozenset()  # several where processes differ; none while it is not served
     golden_max_abs: float | None = None
     waiting: int = 0  # requests
@@ -95,7 +95,7 @@ def _version(status: Status) -> Version:
     return Version(
         state=status.state,
         reason=status.reason,
-        runs_on=frozenset({RunsOn(backend.name, backend.provider, backend.device, golden is not None)}),
+        runs_on=frozenset({RunsOn(backend.name, backend.provider, backend.device, status.served.verified)}),
         golden_max_abs=golden.max_abs if golden else None,
         waiting=len(queue),
         running=queue.running,

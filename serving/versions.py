@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,43 +12,54 @@ from typing import Literal
 from serving import bundle as bundles
 from serving.errors import BundleError, InvalidArgument
 
-_POLICY = re.compile(r"latest(?::(?P<latest>[1-9]\d{0,8}))?|all|specific:(?P<specific>[1-9]\d{0,8}(,[1-9]\d{0,8})*)")
+_POLICY = re.compile(
+    r"latest(?::(?P<latest>[1-9]\d{0,8}))?|all|labels|specific:(?P<specific>[1-9]\d{0,8}(,[1-9]\d{0,8})*)"
+)
 
 
 @dataclass(frozen=True)
 class VersionPolicy:
     """Which of a model's versions are served."""
 
-    kind: Literal["latest", "all", "specific"]
+    kind: Literal["latest", "all", "labels", "specific"]
     numbers: tuple[int, ...] = ()  # latest: how many; specific: which
 
     @classmethod
     def parse(cls, text: str) -> VersionPolicy:
-        """The policy that `latest`, `latest:N`, `all` or `specific:N,N` stands for.
+        """The policy that `latest`, `latest:N`, `all`, `labels` or `specific:N,N` stands for.
 
         Raises:
             ValueError: it is none of these.
         """
         match = _POLICY.fullmatch(text)
         if match is None:
-            raise ValueError("want latest, latest:N, all or specific:N,N with version numbers from 1")
+            raise ValueError("want latest, latest:N, all, labels or specific:N,N with version numbers from 1")
         if match["specific"]:
             return cls("specific", tuple(sorted({int(number) for number in match["specific"].split(",")})))
-        return cls("all") if text == "all" else cls("latest", (int(match["latest"] or 1),))
+        if text in ("all", "labels"):
+            return cls("all" if text == "all" else "labels")
+        return cls("latest", (int(match["latest"] or 1),))
 
-    def select(self, versions: Iterable[int]) -> set[int]:
-        """Those of `versions` that should be served."""
+    def select(self, versions: Collection[int], labelled: Collection[int] = ()) -> set[int]:
+        """Those of `versions` that should be served: what a label means is, whatever the policy."""
+        named = set(versions) & set(labelled)
         match self.kind:
             case "latest":
-                return set(sorted(versions)[-self.numbers[0] :])
+                return named | set(sorted(versions)[-self.numbers[0] :])
             case "specific":
-                return set(versions) & set(self.numbers)
+                return named | (set(versions) & set(self.numbers))
             case "all":
                 return set(versions)
+            case "labels":
+                return named
 
 
-def version_number(version: str) -> str:
+def version_number(version: str, labels: Collection[str] = ()) -> str:
     """A version that a request names, as it is written in the repository: without leading zeros.
+
+    Args:
+        version: what the request has.
+        labels: what it could have instead.
 
     Raises:
         InvalidArgument: it is not a number; the text is Triton's.
@@ -59,6 +70,7 @@ def version_number(version: str) -> str:
         raise InvalidArgument(
             f"failed to get model version from specified version string '{version[:100]}', "
             "version should be an integral value > 0"
+            + (f" or a label of the model: {', '.join(sorted(labels))}" if labels else "")
         )
     return str(int(version))
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from serving.backends import Backend
 from serving.backends.cuda import device_problem
 from serving.bundle import MANIFEST, MANIFEST_SHA256, Bundle, open_bundle
 from serving.config import ServerConfig
+from serving.repository import Repository
 from serving.server import Server
 from trainer import artefacts, data, runs, train
 from trainer.checkpoint import Checkpoint
@@ -155,6 +156,39 @@ def tampered(repository: Path, tmp_path: Path) -> Path:
     root = tmp_path / "exported"
     shutil.copytree(repository, root)
     return root
+
+
+@pytest.fixture
+def source(bundle: Bundle) -> Path:
+    """The folder of the version that `publish` makes others from."""
+    return bundle.path
+
+
+@pytest.fixture
+def root(source: Path, tmp_path: Path) -> Path:
+    """A repository with version 1, made by `publish`."""
+    from versions_load import publish  # which needs this module
+
+    (tmp_path / "exported" / MODEL).mkdir(parents=True)
+    publish(source, tmp_path / "exported", 1)
+    return tmp_path / "exported"
+
+
+@pytest.fixture
+def following(root: Path) -> Iterator[Callable[..., Repository]]:
+    """A repository that follows its folder, and is told when to look."""
+    made: list[Repository] = []
+
+    def follow(**settings: object) -> Repository:
+        config = ServerConfig(**{"repository": root, "device": "cpu", "model_control": "poll", **settings})
+        made.append(Repository(config))
+        made[-1].scan()
+        made[-1].load_all()
+        return made[-1]
+
+    yield follow
+    for repository in made:
+        repository.close()
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:

@@ -25,26 +25,12 @@ from serving.config import ServerConfig
 from serving.errors import NotFound, StartupError, Unavailable
 from serving.loading import warm
 from serving.metrics import render
-from serving.repository import Repository, State
+from serving.repository import State
 from serving.tensors import TensorSpec
 from serving.versions import VersionPolicy
 
 POLL_S = 0.02
 GREY = np.zeros((1, 1, 28, 28), np.uint8)
-
-
-@pytest.fixture
-def source(bundle):
-    """The folder of the version that all others are made from."""
-    return bundle.path
-
-
-@pytest.fixture
-def root(source, tmp_path):
-    """A repository with version 1."""
-    (tmp_path / "exported" / MODEL).mkdir(parents=True)
-    publish(source, tmp_path / "exported", 1)
-    return tmp_path / "exported"
 
 
 def until(condition):
@@ -85,9 +71,9 @@ def test_a_policy_selects(text, selected):
     assert ServerConfig(version_policy=text).version_policy == text
 
 
-@pytest.mark.parametrize("text", ["", "newest", "latest:0", "latest:", "specific", "specific:", "specific:1,", "all:1"])
+@pytest.mark.parametrize("text", ["", "newest", "latest:0", "latest:", "specific:", "specific:1,", "all:1", "labels:1"])
 def test_what_is_no_policy_is_refused(text):
-    with pytest.raises(ValueError, match=r"want latest, latest:N, all or specific:N,N"):
+    with pytest.raises(ValueError, match=r"want latest, latest:N, all, labels or specific:N,N"):
         ServerConfig(version_policy=text)
 
 
@@ -285,23 +271,6 @@ def test_an_unloaded_model_answers_what_waits_and_nothing_new(held):
 
 
 # --- following the folder
-
-
-@pytest.fixture
-def following(root):
-    """A repository that follows its folder, and is told when to look."""
-    made = []
-
-    def follow(**settings):
-        config = ServerConfig(**{"repository": root, "device": "cpu", "model_control": "poll", **settings})
-        made.append(Repository(config))
-        made[-1].scan()
-        made[-1].load_all()
-        return made[-1]
-
-    yield follow
-    for repository in made:
-        repository.close()
 
 
 def test_a_new_version_is_loaded_at_the_second_look(following, root, source):

@@ -191,13 +191,14 @@ def _prediction(manifest: Manifest, classes: list[int], scores: list[float]) -> 
 
 def _describe(status: Status) -> pb.Model:
     model = pb.Model(name=status.name, version=status.version, state=_STATES[status.state], reason=status.reason)
+    model.version_labels.extend(status.labels)
     if status.served:
         backend, manifest, golden = status.served.backend, status.served.manifest, status.served.golden
         model.backend, model.provider, model.device = backend.name, backend.provider, backend.device
         model.file = backend.file
         model.settings.update(backend.settings)
+        model.verified = status.served.verified
         if manifest and golden:
-            model.verified = True
             model.precision = manifest.artefacts()[backend.file][1]
             model.dataset = manifest.dataset
             model.labels.extend(manifest.labels)

@@ -267,10 +267,11 @@ def _properties(served: ServedModel) -> dict[str, str]:
     """Read back from what really runs."""
     about = {"backend": served.backend.name, "provider": served.backend.provider, "device": served.backend.device}
     about["tf32"] = str(served.backend.tf32).lower()
-    if served.golden is None or served.manifest is None:
-        return {**about, "verified": "false"}
-    _, precision = served.manifest.artefacts()[served.backend.file]
-    return {**about, "precision": precision, "verified": "true", "golden_max_abs": f"{served.golden.max_abs:.3g}"}
+    about["verified"] = str(served.verified).lower()
+    if served.golden and served.manifest:
+        _, about["precision"] = served.manifest.artefacts()[served.backend.file]
+        about["golden_max_abs"] = f"{served.golden.max_abs:.3g}"
+    return {**about, "reason": served.doubt} if served.doubt else about
 
 
 def _labels(served: ServedModel) -> dict[str, tuple[str, ...]]:
@@ -287,7 +288,7 @@ def _version_policy(policy: VersionPolicy) -> pb.ModelVersionPolicy:
             return pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=policy.numbers[0]))
         case "specific":
             return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=policy.numbers))
-        case "all":
+        case "all" | "labels":  # the protocol has no word for the latter
             return pb.ModelVersionPolicy(all=pb.ModelVersionPolicy.All())
 
 
