@@ -181,7 +181,10 @@ class Bundle:
             self.read(name)
         labels = tuple(self.read(LABELS).decode(errors="replace").splitlines())
         if labels != self.manifest.labels:
-            raise BundleError(f"{self.path / MANIFEST}: its labels are not those of {LABELS}, {', '.join(labels)}")
+            raise BundleError(
+                f"{self.path / MANIFEST}: its labels are not those of {LABELS}, {', '.join(labels)}; "
+                "export the model again"
+            )
 
     def golden(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
         """The golden images, uint8 [G,1,28,28], and the reference's logits for them, float32 [G,10].
@@ -230,6 +233,11 @@ def open_bundle(path: Path) -> Bundle:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
+        if problem["loc"] == ("format_version",):
+            raise BundleError(
+                f"{source}: format_version is {problem['input']}, this parityserve reads {problem['ctx']['expected']}; "
+                "update parityserve, or export the model again with this one"
+            ) from error
         raise BundleError(f"{source}: {where + ': ' if where else ''}{problem['msg']}") from error
     if manifest.format_version > 1:
         _check_unedited(source, document)

@@ -106,10 +106,10 @@ def open_model(bundle: Bundle, file: str, device: str, engine: Engine) -> OnnxBa
     session = open_session(bundle.read(file), device, engine, precision)
     backend = OnnxBackend(session, file, engine)
     if (backend.inputs, backend.outputs) != (bundle.manifest.inputs, bundle.manifest.outputs):
-        raise BundleError(f"{bundle.path}: {file}'s signature is not the manifest's")
+        raise BundleError(f"{bundle.path}: {file}'s signature is not the manifest's; export the model again")
     labels = session.get_modelmeta().custom_metadata_map.get("labels")
     if labels is None or tuple(json.loads(labels)) != bundle.manifest.labels:
-        raise BundleError(f"{bundle.path}: {file}'s labels are {labels}, not the manifest's")
+        raise BundleError(f"{bundle.path}: {file}'s labels are {labels}, not the manifest's; export the model again")
     return backend
 
 
