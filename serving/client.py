@@ -136,7 +136,7 @@ def predict_request(
         images: uint8 arrays [28,28], [1,28,28] or a whole batch [N,28,28] or [N,1,28,28]; or pictures. Arrays and
             pictures do not mix in one request.
         model: its name; may be empty when the server has one.
-        version: a version number; the newest when empty.
+        version: a number or a label; `stable`, or where there is no such label the newest, when empty.
         top_k: how many classes to list for each image.
         polarity: of pictures; arrays are light on dark.
 

@@ -122,7 +122,7 @@ def test_labels_are_honoured_wherever_a_version_is_named(three, sample):
                 assert infer(message(images[:1], version=named)).model_version == number
             assert triton.is_model_ready(MODEL, named)
             assert list(triton.get_model_metadata(MODEL, named).versions) == ["2", "3"]
-            assert triton.get_model_config(MODEL, named).config.name == MODEL
+            assert list(triton.get_model_config(MODEL, named).config.version_policy.specific.versions) == [2, 3]
             assert {each.version for each in triton.get_inference_statistics(MODEL, named).model_stats} == (
                 {"2", "3"} if named == "" else {number}
             )

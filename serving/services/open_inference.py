@@ -50,7 +50,7 @@ class OpenInferenceService:
         self._rpcs = rpcs
         self._control = control
         self._prepared = PreparedRequests(repository)
-        self._policy = _version_policy(VersionPolicy.parse(config.version_policy))
+        self._policy = VersionPolicy.parse(config.version_policy)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         """True: who answers is alive."""
@@ -87,7 +87,8 @@ class OpenInferenceService:
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
         """A model's configuration, as Triton's clients read it."""
         served = self._repository.get(request.name, request.version)
-        return pb.ModelConfigResponse(config=_config(served, self._policy))
+        policy = _version_policy(self._policy, self._repository.versions(served.name))
+        return pb.ModelConfigResponse(config=_config(served, policy))
 
     @in_bytes
     async def ModelInfer(self, data: bytes, context: Context) -> bytes:
@@ -282,14 +283,17 @@ def _labels(served: ServedModel) -> dict[str, tuple[str, ...]]:
     return {spec.name: labels for spec in served.backend.outputs if spec.shape[1:] == (len(labels),)}
 
 
-def _version_policy(policy: VersionPolicy) -> pb.ModelVersionPolicy:
+def _version_policy(policy: VersionPolicy, served: list[ServedModel]) -> pb.ModelVersionPolicy:
     match policy.kind:
         case "latest":
             return pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=policy.numbers[0]))
         case "specific":
             return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=policy.numbers))
-        case "all" | "labels":  # the protocol has no word for the latter
+        case "all":
             return pb.ModelVersionPolicy(all=pb.ModelVersionPolicy.All())
+        case "labels":  # for which the protocol has no word
+            numbers = [int(version.version) for version in served]
+            return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=numbers))
 
 
 def _config(served: ServedModel, policy: pb.ModelVersionPolicy) -> pb.ModelConfig:
