@@ -146,7 +146,7 @@ def golden_check(bundle: Bundle, backend: Backend) -> Comparison:
 def _mismatch(backend: Backend, golden: Comparison) -> str:
     """What is wrong with golden answers, and what to do."""
     return (
-        f"the answers on {backend.device} ({backend.provider}, {backend.file}) are not the trained model's, "
+        f"the answers on {backend.device} ({backend.provider}) are not the trained model's, {backend.file} "
         f"{'; '.join(golden.failures)}; export the model again"
     )
 
