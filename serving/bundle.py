@@ -5,7 +5,8 @@
     model.onnx      fp32, one file, batch axis named `batch`
     model.*         other artefacts of the same network and signature: see `ARTEFACTS`
     weights.pt      the network's parameters, from which eager PyTorch, the reference, is rebuilt
-    golden.npz      arrays `image` uint8 [G,1,28,28] and `logits` float32 [G,10]: what eager PyTorch on the CPU answered
+    golden.npz      arrays `image` uint8 [G,1,28,28] and `logits` float32 [G,10], what eager PyTorch answered on the
+                    CPU; and by the name of an int8 file, what that answered there
     labels.txt      one class name a line
     history.json    losses and accuracies of every epoch of the training
     README.md       the model card: what the version is and how good, for people
@@ -186,18 +187,21 @@ class Bundle:
                 "export the model again"
             )
 
-    def golden(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        """The golden images, uint8 [G,1,28,28], and the reference's logits for them, float32 [G,10].
+    def golden(self, answers: str = "logits") -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+        """The golden images, uint8 [G,1,28,28], and logits for them, float32 [G,10].
+
+        Args:
+            answers: whose logits: the reference's, or those of the int8 file of this name.
 
         Raises:
-            BundleError: the file is damaged or does not fit the signature.
+            BundleError: the file is damaged, has no such answers, or does not fit the signature.
         """
         spec = self.manifest.inputs[0]
         try:
             with np.load(io.BytesIO(self.read(GOLDEN)), allow_pickle=False) as arrays:
-                image, logits = arrays["image"], arrays["logits"]
+                image, logits = arrays["image"], arrays[answers]
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-            raise BundleError(f"{self.path / GOLDEN}: not a golden file ({error})") from error
+            raise BundleError(f"{self.path / GOLDEN}: not a golden file ({error}); export the model again") from error
         if not (
             image.dtype == spec.dtype
             and spec.accepts(image.shape)

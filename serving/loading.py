@@ -122,7 +122,9 @@ def _has_batch_axis(backend: Backend) -> bool:
 def golden_check(bundle: Bundle, backend: Backend) -> Comparison:
     """Answer the bundle's golden images on the very backend and device that will serve, and compare.
 
-    Batches of one, of three and of all images are run, each several times, and the last run is judged.
+    Batches of one, of three and of all images are run, each several times, and the last run is judged. An int8 file on
+    the CPU has to answer as it did itself when it was proved over the whole test set: beside the reference so few
+    images would say little about it, and integers leave no room for rounding.
 
     Returns:
         The comparison of all images, with the largest difference and the failures of every batch.
@@ -130,9 +132,13 @@ def golden_check(bundle: Bundle, backend: Backend) -> Comparison:
     Raises:
         BundleError: the golden file is damaged.
     """
-    image, logits = bundle.golden()
     _, precision = bundle.manifest.artefacts()[backend.file]
-    allowed = tolerance(precision, backend.device, bundle.manifest.dataset, backend.tf32)
+    if precision == "int8" and backend.device == "cpu":
+        image, logits = bundle.golden(backend.file)
+        allowed = tolerance("fp32", "cpu")
+    else:
+        image, logits = bundle.golden()
+        allowed = tolerance(precision, backend.device, bundle.manifest.dataset, backend.tf32)
     failures, max_abs = [], 0.0
     for size in (1, 3, len(image)):
         for _ in range(RUNS):

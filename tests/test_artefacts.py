@@ -7,15 +7,16 @@ import onnx
 import openvino
 import pytest
 import torch
-from conftest import MODEL, running
+from conftest import MODEL, rehash, running
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from serving.backends import open_backend
-from serving.bundle import ARTEFACTS, open_bundle
+from serving.bundle import ARTEFACTS, GOLDEN, open_bundle
 from serving.client import Client
-from serving.errors import BundleError, DeviceError
+from serving.errors import BundleError, DeviceError, StartupError
 from serving.parity import compare, compare_outputs, tolerance
-from trainer import artefacts
+from trainer import artefacts, parity
 from trainer.export import export
 from trainer.models import Deployed
 from trainer.precisions import calibration_images
@@ -116,6 +117,53 @@ def test_torch_loads_the_pt2_file_without_us(full, wanted):
     image, logits = wanted
     answers, _ = torch.export.load(full.path / "model.pt2").module()(torch.from_numpy(image[:3]))
     assert compare(logits[:3], answers.detach().numpy(), tolerance("fp32", "cpu")).passed
+
+
+def change_int8(version):
+    """The sign of each channel's largest weight."""
+    path = version / "model.int8.onnx"
+    model = onnx.load(path)
+    kernel = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [64, 32, 3, 3])
+    steps = numpy_helper.to_array(kernel).copy()
+    assert steps.dtype == np.int8
+    steps[np.abs(steps.astype(int)) == 127] *= -1
+    kernel.CopyFrom(numpy_helper.from_array(steps, kernel.name))
+    onnx.save(model, path)
+    rehash(version, path.name)
+
+
+def stale_int8(version):
+    """Answers that another int8 file gave."""
+    with np.load(version / GOLDEN) as arrays:
+        answers = dict(arrays)
+    answers["model.int8.onnx"] = answers["model.int8.onnx"] + np.float32(0.01)
+    np.savez(version / GOLDEN, **answers)
+    rehash(version, GOLDEN)
+
+
+@pytest.mark.parametrize("damage", [change_int8, stale_int8])
+def test_an_int8_file_that_answers_otherwise_than_when_it_was_proved_is_refused(
+    full_repository, sample, tmp_path, damage
+):
+    root = tmp_path / "exported"
+    shutil.copytree(full_repository, root)
+    damage(root / MODEL / "1")
+    report = parity.check(open_bundle(root / MODEL / "1"), sample[1], "cpu", largest_batch=50)
+    assert [(row.file, row.precision) for row in report.rows if not row.comparison.passed] == [(GOLDEN, "int8")]
+    text = r"are not the trained model's, model\.int8\.onnx in a batch of .*; export the model again"
+    with pytest.raises(StartupError, match=text), running(root, precision="int8"):
+        pass
+
+
+def test_an_int8_file_without_answers_of_its_own_is_refused(full_repository, tmp_path):
+    root = tmp_path / "exported"
+    shutil.copytree(full_repository, root)
+    image, logits = open_bundle(root / MODEL / "1").golden()
+    np.savez(root / MODEL / "1" / GOLDEN, image=image, logits=logits)
+    rehash(root / MODEL / "1", GOLDEN)
+    text = r"golden\.npz: not a golden file \('model\.int8\.onnx is not a file in the archive'\); export the model"
+    with pytest.raises(StartupError, match=text), running(root, precision="int8"):
+        pass
 
 
 def test_calibration_images_are_as_many_of_each_class(sample):

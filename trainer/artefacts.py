@@ -114,6 +114,8 @@ def _write_onnx(deployed: Deployed, example: torch.Tensor, path: Path, about: di
         )
     assert program is not None, "torch.onnx.export returns a program when it is not given a file"
     program.model.metadata_props.update(about)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names folders of the machine that exports
     program.save(str(path))  # one file: f=... would put the weights into a second one
 
 

@@ -21,6 +21,7 @@ from serving.backends.cuda import device_names
 from serving.backends.engine import Engine
 from serving.bundle import GOLDEN, LABELS, MANIFEST, Bundle
 from serving.errors import BundleError, DeviceError, InvalidArgument
+from serving.loading import golden_check
 from serving.parity import Comparison, compare, compare_outputs, not_compared, tolerance
 from serving.remote import RemoteBackend
 from trainer.config import HEIGHT, WIDTH, NetworkConfig
@@ -171,6 +172,8 @@ def check(
                 left_out.append(f"{file} on {place}: {error}")
             else:
                 rows += wanted.rows(backend, precision, sizes, advance)
+                if precision == "int8":
+                    rows.append(_gate_row(bundle, backend))
                 continue
             advance(len(images) * len(sizes))
     if remote:
@@ -201,6 +204,13 @@ def _golden_row(bundle: Bundle, network: Network) -> Row:
         index = comparison.worst
         worst = Worst(index, f"golden image {index}", None, tuple(again[index].tolist()), tuple(logits[index].tolist()))
     return Row(GOLDEN, "eager", "fp32", "torch", "cpu", False, "", len(image), comparison, worst)
+
+
+def _gate_row(bundle: Bundle, backend: Backend) -> Row:
+    """Whether the server would take an int8 file: it judges that by other answers than the reference's."""
+    comparison = golden_check(bundle, backend)
+    place = (backend.name, "int8", backend.provider, backend.device, backend.tf32, "", comparison.n)
+    return Row(GOLDEN, *place, comparison)
 
 
 def _manifest_row(bundle: Bundle, wanted: _Wanted) -> Row:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.config import TrainConfig
-from trainer.models import Network, count_parameters
-from trainer.processes import Processes
-from trainer.runs import Watcher
-from trainer.train import EpochMetrics
+if TYPE_CHECKING:  # a bar alone needs no torch
+    import torch
+
+    from trainer.config import TrainConfig
+    from trainer.models import Network
+    from trainer.processes import Processes
+    from trainer.runs import Watcher
+    from trainer.train import EpochMetrics
 
 
 def progress_bar(console: Console) -> Progress:
@@ -30,6 +33,9 @@ def progress_bar(console: Console) -> Progress:
 @contextlib.contextmanager
 def training(console: Console, config: TrainConfig, processes: Processes) -> Iterator[Watcher]:
     """A progress bar and a line an epoch, from the first process alone."""
+    from trainer.models import count_parameters
+    from trainer.runs import Watcher
+
     if not processes.first:
         yield Watcher()
         return
