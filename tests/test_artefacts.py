@@ -120,13 +120,13 @@ def test_torch_loads_the_pt2_file_without_us(full, wanted):
 
 
 def change_int8(version):
-    """The sign of each channel's largest weight."""
+    """The sign of one channel's largest weight."""
     path = version / "model.int8.onnx"
     model = onnx.load(path)
     kernel = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [64, 32, 3, 3])
     steps = numpy_helper.to_array(kernel).copy()
     assert steps.dtype == np.int8
-    steps[np.abs(steps.astype(int)) == 127] *= -1
+    steps[tuple(np.argwhere(np.abs(steps.astype(int)) == 127)[0])] *= -1
     kernel.CopyFrom(numpy_helper.from_array(steps, kernel.name))
     onnx.save(model, path)
     rehash(version, path.name)
@@ -149,7 +149,7 @@ def test_an_int8_file_that_answers_otherwise_than_when_it_was_proved_is_refused(
     shutil.copytree(full_repository, root)
     damage(root / MODEL / "1")
     report = parity.check(open_bundle(root / MODEL / "1"), sample[1], "cpu", largest_batch=50)
-    assert [(row.file, row.precision) for row in report.rows if not row.comparison.passed] == [(GOLDEN, "int8")]
+    assert (GOLDEN, "int8") in [(row.file, row.precision) for row in report.rows if not row.comparison.passed]
     text = r"are not the trained model's, model\.int8\.onnx in a batch of .*; export the model again"
     with pytest.raises(StartupError, match=text), running(root, precision="int8"):
         pass
