@@ -16,7 +16,9 @@ from serving.bundle import ARTEFACTS, GOLDEN, open_bundle
 from serving.client import Client
 from serving.errors import BundleError, DeviceError, StartupError
 from serving.parity import compare, compare_outputs, tolerance
-from trainer import artefacts, parity
+from trainer import artefacts, data, parity
+from trainer import checkpoint as checkpoints
+from trainer.__main__ import main
 from trainer.export import export
 from trainer.models import Deployed
 from trainer.precisions import calibration_images
@@ -207,3 +209,15 @@ def test_a_compiled_package_answers_alike(checkpoint, sample, tmp_path):
     assert {row.file for row in report.rows if row.backend == "aoti"} == {"model.aoti.pt2"}
     with pytest.raises(DeviceError):
         open_backend("aoti", bundle, "cuda")
+
+
+def test_a_checkpoint_from_elsewhere_is_exported_with_the_test_set_alone(checkpoint, small_data, tmp_path, capsys):
+    checkpoints.save(checkpoint, tmp_path / "net.pt")
+    whole = data.default_data_dir() / MODEL
+    (tmp_path / MODEL).mkdir()
+    for name in (data.TEST_IMAGES, data.TEST_LABELS):
+        shutil.copy(whole / name, tmp_path / MODEL)
+    words = ["--checkpoint", tmp_path / "net.pt", "--repository", tmp_path / "exported", "--data-dir", tmp_path]
+    assert main(["export", *map(str, words), "--formats", "torchscript"]) == 0
+    assert f"{MODEL}, 2 files with the right sha256" in capsys.readouterr().out
+    assert list(open_bundle(tmp_path / "exported" / MODEL / "1").manifest.artefacts()) == ["model.pt"]

@@ -39,7 +39,7 @@ TOLD = {
         r"copy\.tolist\(\) = \[0\.0, 1\.0",
         r"\[3, 2\] @ \[3, 2\] is refused: mat1 and mat2 shapes cannot be multiplied",
     ],
-    "python -m trainer data --dataset mnist": ["data: mnist, four files with the right sha256"],
+    "python -m trainer data --dataset mnist": ["data: mnist, 4 files with the right sha256"],
     "python -m trainer summary --network cnn": [
         *(r"Conv2d .*\[1, 32, 26, 26\]", r"MaxPool2d .*\[1, 32, 13, 13\]", r"Conv2d .*\[1, 64, 11, 11\]"),
         *(r"MaxPool2d .*\[1, 64, 5, 5\]", r"\[1, 1600\]", "204,928", "225,034"),

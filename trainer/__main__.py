@@ -180,7 +180,7 @@ def _plots(options: argparse.Namespace) -> int:
         subject = pictures.of_bundle(open_bundle(newest(options.bundle)))
     else:
         subject = pictures.of_checkpoint(checkpoint.load(options.checkpoint), options.checkpoint)
-    test = data.load_test(data.DATASETS[subject.dataset], obtain(subject.dataset, options.data_dir))
+    test = data.load_test(data.DATASETS[subject.dataset], obtain(subject.dataset, options.data_dir, test_only=True))
     paths = pictures.write(options.output or subject.folder, pictures.figures(subject, test, options.images))
     for path in paths:
         console.print(path, soft_wrap=True)

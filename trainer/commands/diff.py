@@ -41,7 +41,7 @@ def _diff(options: argparse.Namespace) -> int:
 
     if options.picture:
         from trainer import parity_plots  # now, so that what is not installed is told before the comparison
-    test = data.load_test(dataset, obtain(dataset.name, options.data_dir))
+    test = data.load_test(dataset, obtain(dataset.name, options.data_dir, test_only=True))
     with console.status("comparing"):
         found = compare_versions(a, b, test)
     for table in (_sides(found), _classes(found)):

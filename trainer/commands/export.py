@@ -69,9 +69,10 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError(f"--calibration-images: got {options.calibration_images}, want 1 or more")
     trained = checkpoint.load(options.checkpoint)
     dataset = data.DATASETS[trained.dataset]
-    folder = obtain(trained.dataset, options.data_dir)
+    calibrates = ("onnx", "int8") in chosen
+    folder = obtain(trained.dataset, options.data_dir, test_only=not calibrates)
     test, calibration = data.load_test(dataset, folder), None
-    if ("onnx", "int8") in chosen:
+    if calibrates:
         from trainer.precisions import calibration_images
 
         calibration = calibration_images(data.load_train(dataset, folder), options.calibration_images)

@@ -76,7 +76,7 @@ def _parity(options: argparse.Namespace) -> int:
             remote = stack.enter_context(
                 RemoteBackend(options.server, manifest.model, str(manifest.version), credentials)
             )
-        test = data.load_test(dataset, obtain(dataset.name, options.data_dir))
+        test = data.load_test(dataset, obtain(dataset.name, options.data_dir, test_only=True))
         bar = stack.enter_context(progress_bar(console))
         task = bar.add_task("comparing with PyTorch", total=None)
 

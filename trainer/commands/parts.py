@@ -50,11 +50,14 @@ def print_whole(table: Table) -> None:
     Console(width=max(whole, console.width)).print(table)
 
 
-def obtain(dataset_name: str, data_dir: Path | None) -> Path:
-    """Have the data set's files in a folder; says where they came from."""
+def obtain(dataset_name: str, data_dir: Path | None, *, test_only: bool = False) -> Path:
+    """Have the data set's files in a folder, or only those of its test set; says where they came from."""
     from trainer import data  # with torch, for which --help need not wait
 
     folder = data_dir or data.default_data_dir()
+    dataset = data.DATASETS[dataset_name]
+    if test_only:
+        dataset = dataset.test_only()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
@@ -63,8 +66,10 @@ def obtain(dataset_name: str, data_dir: Path | None) -> Path:
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total or None)
 
-        source = data.obtain(data.DATASETS[dataset_name], folder, show)
-    console.print(f"data: {dataset_name}, four files with the right sha256, from {source}", soft_wrap=True)
+        source = data.obtain(dataset, folder, show)
+    console.print(
+        f"data: {dataset_name}, {len(dataset.sha256)} files with the right sha256, from {source}", soft_wrap=True
+    )
     return folder
 
 
