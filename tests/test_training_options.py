@@ -30,6 +30,7 @@ def options(**changes):
             "dataset": "fashion-mnist",
             "epochs": 1,
             "flip": False,
+            "label_smoothing": 0.0,
             "batch_size": 50,
             "validation_images": 100,
             **SMALL,

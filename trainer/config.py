@@ -231,7 +231,12 @@ class TrainConfig(NetworkConfig):
         description="first convolution; frozen: left as it was drawn, for a third less work on a CPU; "
         "whitened: made to decorrelate the pixels of the training images, and left so",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each label that is spread over all classes")
+    label_smoothing: float = Field(
+        default_factory=_by("dataset", {"": 0.0, "fashion-mnist": 0.05}),
+        ge=0,
+        lt=1,
+        description="share of each label that is spread over all classes (default: 0.05 for fashion-mnist, else 0)",
+    )
     shift: int = Field(0, ge=0, le=14, description="augmentation: move each image by up to so many pixels each way")
     flip: bool = Field(
         default_factory=_by("dataset", {"": False, "fashion-mnist": True}),
