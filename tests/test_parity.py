@@ -9,6 +9,7 @@ from conftest import MODEL, edit_manifest, rehash
 from onnx import numpy_helper
 
 from serving.bundle import GOLDEN, MANIFEST, open_bundle
+from serving.errors import BundleError
 from serving.parity import TOLERANCES, compare, compare_outputs, softmax, tolerance
 from trainer import matrix, parity
 from trainer.data import DATASETS
@@ -168,3 +169,12 @@ def test_every_file_passes_on_cuda(bundle, sample):
     report = parity.check(bundle, sample[1], "all", largest_batch=50)
     assert report.passed
     assert {row.device for row in report.rows if row.backend != "eager"} >= {"cpu", "cuda:0"}
+
+
+def test_a_weights_file_that_is_none_is_refused_without_torchs_advice_to_load_it_unsafely(tampered):
+    version = tampered / MODEL / "1"
+    (version / "weights.pt").write_bytes(b"no weights")
+    rehash(version, "weights.pt")
+    with pytest.raises(BundleError, match=r"weights\.pt holds no weights; export the model again") as raised:
+        parity.reference(open_bundle(version))
+    assert "weights_only" not in str(raised.value)

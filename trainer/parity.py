@@ -55,8 +55,9 @@ def reference(bundle: Bundle) -> Network:
     Raises:
         BundleError: its weights are damaged or of an unknown network.
     """
-    data = bundle.read(bundle.manifest.file_for("eager"))
     manifest = bundle.manifest
+    file = manifest.file_for("eager")
+    data = bundle.read(file)
     form = {name: value for name, value in manifest.training.items() if name in NetworkConfig.model_fields}
     try:
         config = NetworkConfig(**form)  # versions from before networks had options are of the default, `cnn`
@@ -67,7 +68,9 @@ def reference(bundle: Bundle) -> Network:
     network = Network(config)
     try:
         network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (EOFError, pickle.UnpicklingError) as error:  # whose text advises to load it unsafely
+        raise BundleError(f"{bundle.path / file} holds no weights; export the model again") from error
+    except RuntimeError as error:
         raise BundleError(f"{bundle.path}: not the weights of network {manifest.network}: {error}") from error
     return network.eval()
 
