@@ -142,7 +142,9 @@ def test_a_space_varies_a_recipe(tmp_path):
     plan = space.plan("default", {"validation_images": 1000}, recipe="course-mnist")
     config = plan.config({"learning_rate": 0.015})
     assert (config.learning_rate, config.optimiser, config.validation_images) == (0.015, "adam", 1000)
-    assert space.plan("default", {"validation_images": 5000}, recipe="best-fashion").config({}).weight_decay == 0.01  # not the recipe's 0.02
+    assert (
+        space.plan("default", {"validation_images": 5000}, recipe="best-fashion").config({}).weight_decay == 0.01
+    )  # not the recipe's 0.02
 
 
 def test_every_space_of_the_package_goes_with_every_network():

@@ -9,7 +9,9 @@ from trainer import data, devices, train
 from trainer.config import DEFAULT_EPOCHS, TrainConfig
 from trainer.data import DATASETS
 
-CONFIG = TrainConfig(dataset="fashion-mnist", epochs=2, batch_size=60, validation_images=100, flip=False, label_smoothing=0)
+CONFIG = TrainConfig(
+    dataset="fashion-mnist", epochs=2, batch_size=60, validation_images=100, flip=False, label_smoothing=0
+)
 
 
 def fitted(sample, config):
