@@ -79,9 +79,9 @@ def _measure(bundle: Bundle, sizes: Sequence[int], rounds: int, seconds: float, 
         if entry.parity:
             row += [f"{entry.parity.max_abs:.1e}", f"{entry.parity.top1_agreement:.2%}"]
         rows.append(tuple(row))
-    columns = [text for n in sizes for text in (f"µs an image, {n} a call", f"times {ONNX}")]
+    columns = [text for n in sizes for text in (f"µs an image, {n} a call", "times fp32")]
     title = f"{manifest.model}, {manifest.network}, {manifest.parameters:,} parameters"
-    return Grid(title, ("file", "bytes", *columns, "max |Δ logit|", "same class"), rows)
+    return Grid(title, ("file", "bytes", *columns, "largest Δ of logits", "same class"), rows)
 
 
 def _us_an_image(backend: Backend, images: int, seconds: float) -> float:
