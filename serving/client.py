@@ -38,7 +38,7 @@ DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_TIMEOUT_S = 30.0
 NO_CREDENTIALS = Credentials()
 
-CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+_CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Each client has a connection of its own: by default all in a process share one, and a server of several workers
@@ -240,6 +240,14 @@ def _error(target: str, error: grpc.RpcError) -> ParityserveError:
     return ours
 
 
+def open_channel(target: str, credentials: Credentials) -> grpc.Channel:
+    """A connection of its own to `target`, host:port; `Client` has what it raises."""
+    secure = credentials.channel()
+    if secure:
+        return grpc.secure_channel(target, secure, _CHANNEL_OPTIONS)
+    return grpc.insecure_channel(target, _CHANNEL_OPTIONS)
+
+
 class Client:
     """A synchronous client; close it, or use it as a context manager."""
 
@@ -258,12 +266,7 @@ class Client:
         self._target = target
         self._timeout_s = timeout_s
         self._metadata = credentials.metadata(target)
-        secure = credentials.channel()
-        self._channel = (
-            grpc.secure_channel(target, secure, CHANNEL_OPTIONS)
-            if secure
-            else grpc.insecure_channel(target, CHANNEL_OPTIONS)
-        )
+        self._channel = open_channel(target, credentials)
         self._stub = classifier_pb2_grpc.ClassifierStub(self._channel)
 
     def predict(
@@ -331,9 +334,9 @@ class AsyncClient:
         self._metadata = credentials.metadata(target)
         secure = credentials.channel()
         self._channel = (
-            grpc.aio.secure_channel(target, secure, CHANNEL_OPTIONS)
+            grpc.aio.secure_channel(target, secure, _CHANNEL_OPTIONS)
             if secure
-            else grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
+            else grpc.aio.insecure_channel(target, _CHANNEL_OPTIONS)
         )
         self._stub = classifier_pb2_grpc.ClassifierStub(self._channel)
 

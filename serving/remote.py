@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from protos import open_inference as pb
-from serving.client import CHANNEL_OPTIONS, DEFAULT_TIMEOUT_S, NO_CREDENTIALS
+from serving.client import DEFAULT_TIMEOUT_S, NO_CREDENTIALS, open_channel
 from serving.credentials import Credentials
 from serving.errors import NotFound, ParityserveError, Unavailable, from_status
 from serving.tensors import Array, Origin, TensorSpec, decode, encode
@@ -44,12 +44,7 @@ class RemoteBackend:
         self._model, self._version = model, version
         self._timeout_s = timeout_s
         self._metadata = credentials.metadata(target)
-        secure = credentials.channel()
-        self._channel = (
-            grpc.secure_channel(target, secure, CHANNEL_OPTIONS)
-            if secure
-            else grpc.insecure_channel(target, CHANNEL_OPTIONS)
-        )
+        self._channel = open_channel(target, credentials)
         try:
             self._read()
         except BaseException:

@@ -181,7 +181,7 @@ def test_calibration_images_are_as_many_of_each_class(sample):
     ("formats", "precisions", "text"),
     [
         (["tflite"], ["fp32"], "--formats: got tflite, want some of onnx, torchscript, pt2, aoti"),
-        (["onnx"], ["fp32", "fp8"], "--precisions: got fp8, want some of fp32, fp16, int8"),
+        (["onnx"], ["fp8"], "--precisions: got fp8, want some of fp32, fp16, int8"),
         ([], ["fp32"], "--formats: got nothing"),
         (["onnx", "torchscript"], ["int8"], "--formats torchscript: no file to write goes with the rest"),
         (["torchscript"], ["fp32", "fp16"], "--precisions fp16: no file to write goes with the rest"),

@@ -40,13 +40,14 @@ def choose(formats: Sequence[str], precisions: Sequence[str]) -> tuple[Artefact,
     Raises:
         ValueError: a name is unknown, or one of them would give no file; the text has the choices.
     """
-    chosen = tuple(pair for pair in ARTEFACTS if pair[0] in formats and pair[1] in precisions)
-    for index, (option, given, known) in enumerate(
-        [("--formats", formats, FORMATS), ("--precisions", precisions, PRECISIONS)]
-    ):
+    options = [("--formats", formats, FORMATS), ("--precisions", precisions, PRECISIONS)]
+    for option, given, known in options:
         for name in given or ["nothing"]:
             if name not in known:
                 raise ValueError(f"{option}: got {name}, want some of {', '.join(known)}")
+    chosen = tuple(pair for pair in ARTEFACTS if pair[0] in formats and pair[1] in precisions)
+    for index, (option, given, _) in enumerate(options):
+        for name in given:
             if name not in [pair[index] for pair in chosen]:
                 have = ", ".join(" ".join(pair) for pair in ARTEFACTS)
                 raise ValueError(f"{option} {name}: no file to write goes with the rest; there are {have}")
@@ -129,7 +130,7 @@ def _activate_before_pooling(model: onnx.ModelProto) -> None:
     range for what goes in and comes out, as behind a ReLU: otherwise ONNX Runtime pools floats, slower than in fp32.
     """
     nodes = list(model.graph.node)
-    for place, pool in enumerate(nodes):
+    for pool in tuple(nodes):
         following = [node for node in nodes if pool.output[0] in node.input]
         if pool.op_type != "MaxPool" or [node.op_type for node in following] != ["Relu"]:
             continue
@@ -139,7 +140,7 @@ def _activate_before_pooling(model: onnx.ModelProto) -> None:
         del pool.metadata_props[:]
         pool.metadata_props.extend(relu.metadata_props)  # whose layer's output it now gives
         nodes.remove(relu)
-        nodes.insert(place, relu)
+        nodes.insert(nodes.index(pool), relu)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     del model.graph.value_info[:]  # with shapes of the other order

@@ -149,10 +149,11 @@ def _manifest(checkpoint: Checkpoint, network: Network, folder: Path, chosen: Se
 
 
 def _with_parity(manifest: Manifest, report: Report) -> Manifest:
-    """The manifest with the figures of each file's worst batch size."""
+    """The manifest with the figures of each file's worst batch size beside the reference."""
     files = dict(manifest.files)
     for name in {row.file for row in report.rows} & set(files):
-        rows = [row for row in report.rows if row.file == name]
+        # Golden answers are fp32, and those of the reference; an int8 file's own are compared with itself.
+        rows = [row for row in report.rows if row.file == name and row.precision == (files[name].precision or "fp32")]
         worst = max(rows, key=lambda row: row.comparison.max_abs).comparison
         figures = ParityFigures(
             device=rows[0].device,
