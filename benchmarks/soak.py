@@ -1,6 +1,7 @@
 """Everything that clients do to a server, for as long as you like, while its memory and open files are watched.
 
     python -m benchmarks.soak --repository exported --model mnist --seconds 600
+    python -m benchmarks.soak --only "vanished clients" --seconds 60     # which part makes memory grow?
 
 Unary and streamed tensors, raw and encoded pictures, requests that are wrong, clients that vanish, and reloads.
 Every answer is judged: tensors must be right, wrong requests must be refused with the right status.
@@ -15,7 +16,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from serving.images import Polarity
 
 IN_FLIGHT = 8  # of each of the two loads of tensors
 RELOAD_S = 5.0
+VANISH_S = 0.5  # between two clients that vanish, each with as many calls unanswered as there are exchanges
 MOST_MORE_FILES = 2  # that may be open at the end
 WARMUP = 0.25  # of the time; the allocators' pools fill up
 
@@ -57,19 +59,12 @@ class Mix:
     done: Counter[str]
     problems: Counter[str]
 
-    async def run(self) -> None:
-        """Everything at once, until the time is over."""
-        await asyncio.gather(
-            self._tensors(stream=False),
-            self._tensors(stream=True),
-            self._again("raw pictures", self._pictures(encoded=False), pause_s=0.01),
-            self._again("encoded pictures", self._pictures(encoded=True), pause_s=0.01),
-            self._again("wrong requests", self._wrong, pause_s=0.02),
-            self._again("vanished clients", self._vanish, pause_s=0.05),
-            self._again("reloads", self._reload, pause_s=min(RELOAD_S, (self.until - time.perf_counter()) / 4)),
-        )
+    async def run(self, parts: Sequence[str]) -> None:
+        """These of `PARTS` at once, until the time is over."""
+        await asyncio.gather(*(PARTS[part](self, part) for part in parts))
 
-    async def _tensors(self, stream: bool) -> None:
+    async def tensors(self, name: str, stream: bool) -> None:
+        """Single images, `IN_FLIGHT` at a time; the answers must be the right ones."""
         seconds = self.until - time.perf_counter()
         load = Load(
             self.target, self.exchanges, in_flight=IN_FLIGHT, stream=stream, connections=2, seconds=seconds, warmup_s=0
@@ -77,11 +72,12 @@ class Mix:
         record = await Driver(load).run(None)
         for status, samples in record.samples.items():
             if status == "OK":
-                self.done["streamed tensors" if stream else "unary tensors"] += len(samples)
+                self.done[name] += len(samples)
             else:
-                self.problems[f"{'streamed' if stream else 'unary'} tensors: {status}"] += len(samples)
+                self.problems[f"{name}: {status}"] += len(samples)
 
-    async def _again(self, name: str, act: Callable[[], Awaitable[None]], pause_s: float) -> None:
+    async def again(self, name: str, act: Callable[[], Awaitable[None]], pause_s: float) -> None:
+        """The same until the time is over; what goes wrong is noted."""
         while time.perf_counter() < self.until:
             try:
                 await act()
@@ -90,7 +86,7 @@ class Mix:
                 self.problems[f"{name}: {error}"] += 1
             await asyncio.sleep(min(pause_s, max(0.0, self.until - time.perf_counter())))
 
-    def _pictures(self, encoded: bool) -> Callable[[], Awaitable[None]]:
+    def pictures(self, encoded: bool) -> Callable[[], Awaitable[None]]:
         """Two pictures a request, over a new connection every time."""
         noise = np.random.default_rng(0).integers(0, 256, (2, 28, 28), np.uint8)
         files = [_png(Image.fromarray(picture).resize((200, 150))) for picture in noise]
@@ -103,7 +99,8 @@ class Mix:
 
         return act
 
-    async def _wrong(self) -> None:
+    async def wrong(self) -> None:
+        """Three requests that must be refused, each with its status."""
         request = pb.ModelInferRequest.FromString(self.exchanges[0].request)
         request.raw_input_contents[0] = request.raw_input_contents[0][:-1]
         for body, status in (
@@ -119,7 +116,7 @@ class Mix:
             else:
                 raise ValueError(f"a wrong request was answered, want {status}")
 
-    async def _vanish(self) -> None:
+    async def vanish(self) -> None:
         """Leave one request unfinished and others unanswered."""
         connection = await connect(_Nobody(), self.target, UNARY)
         for exchange in self.exchanges:
@@ -128,9 +125,21 @@ class Mix:
         await asyncio.sleep(0)  # some of it leaves
         connection.abort()
 
-    async def _reload(self) -> None:
+    async def reload(self) -> None:
+        """Load the versions that are served once more."""
         request = pb.RepositoryModelLoadRequest(model_name=self.model).SerializeToString()
         await ask(self.target, pb.RPCS["RepositoryModelLoad"].path, request)
+
+
+PARTS: dict[str, Callable[[Mix, str], Awaitable[None]]] = {
+    "unary tensors": lambda mix, name: mix.tensors(name, stream=False),
+    "streamed tensors": lambda mix, name: mix.tensors(name, stream=True),
+    "raw pictures": lambda mix, name: mix.again(name, mix.pictures(encoded=False), pause_s=0.01),
+    "encoded pictures": lambda mix, name: mix.again(name, mix.pictures(encoded=True), pause_s=0.01),
+    "wrong requests": lambda mix, name: mix.again(name, mix.wrong, pause_s=0.02),
+    "vanished clients": lambda mix, name: mix.again(name, mix.vanish, VANISH_S),
+    "reloads": lambda mix, name: mix.again(name, mix.reload, min(RELOAD_S, (mix.until - time.perf_counter()) / 4)),
+}
 
 
 class _Nobody:
@@ -166,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
                 Sampler(running.pid, every_s=min(1.0, options.seconds / 60)) as sampler,
                 asyncio.Runner(loop_factory=new_loop) as runner,
             ):
-                runner.run(mix.run())
+                runner.run(mix.run(options.only or list(PARTS)))
     except BundleError as error:
         print(f"error: {error} (`make demo` gets the data, trains and exports)", file=sys.stderr)
         return 2
@@ -205,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repository", type=Path, default=Path("exported"), help="(default: exported)")
     parser.add_argument("--model", default="mnist", help="(default: mnist)")
     parser.add_argument("--seconds", type=float, default=600.0, metavar="S", help="(default: 600)")
+    parser.add_argument("--only", action="append", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}")
     parser.add_argument("--most-mb-per-min", type=float, default=1.0, metavar="MB", help="of memory (default: 1)")
     parser.add_argument("--serve-option", action="append", default=[], metavar="--X=Y", help="passed on to the server")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")

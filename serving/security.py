@@ -7,12 +7,13 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import grpc
 
+from serving import rpc
 from serving.config import ServerConfig
 from serving.credentials import read_tokens
 from serving.errors import StartupError, Unauthenticated
@@ -140,7 +141,7 @@ def tls(config: ServerConfig) -> Tls | None:
     return Tls(config.tls_cert, config.tls_key, config.tls_client_ca) if config.tls_cert and config.tls_key else None
 
 
-class TokenGuard(grpc.aio.ServerInterceptor):
+class TokenGuard:
     """Lets calls with one of the file's bearer tokens through, to whichever service, and refuses all others.
 
     What it refuses is never read: neither its message nor whether there is such a method.
@@ -154,18 +155,14 @@ class TokenGuard(grpc.aio.ServerInterceptor):
         """
         self.files = Reloaded("tokens", [path], lambda: _tokens(path))
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Called by gRPC for each call, before it is read."""
+    def intercept(self, details: rpc.CallDetails, find: rpc.Find) -> rpc.Handler | None:
+        """What answers a call, which is not read yet."""
         problem = self._problem(details)
         if problem is None or details.method.startswith(OPEN):
-            return await continuation(details)
+            return find(details)
         return refusal(Unauthenticated(problem), details.method)
 
-    def _problem(self, details: grpc.HandlerCallDetails) -> str | None:
+    def _problem(self, details: rpc.CallDetails) -> str | None:
         for key, value in details.invocation_metadata:
             if key == "authorization":
                 return self._problem_of(value if isinstance(value, str) else value.decode("latin-1"))

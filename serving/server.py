@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import classifier_pb2, open_inference
-from serving import transport
+from serving import rpc, transport
 from serving.config import ServerConfig
 from serving.control import Control, Local, Member, Readiness, Stop
 from serving.errors import StartupError
@@ -75,9 +75,10 @@ class Server:
         self._tls = tls(config)
         self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._tracing = _tracing(config)
-        self._server = grpc.aio.server(
-            interceptors=[interceptor for interceptor in (self._guard, self._tracing) if interceptor],
-            options=transport.options(config, shared_port=member is not None),
+        self._server = rpc.Server(
+            [source.intercept for source in (self._guard, self._tracing) if source],
+            transport.options(config, shared_port=member is not None),
+            read_first=() if self._guard else _INFERENCE,
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
         open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
@@ -89,10 +90,8 @@ class Server:
                 self._gate,
                 handler(self._classifier, _CLASSIFIER, *shared),
                 handler(open_inference_service, _PROTOCOL, *shared),
+                _reflection(),
             )
-        )
-        reflection.enable_server_reflection(
-            (*SERVICES, _HEALTH.full_name, reflection.SERVICE_NAME), self._server, _reflected()
         )
 
     async def start(self) -> str:
@@ -242,12 +241,18 @@ def _tracing(config: ServerConfig) -> Tracing | None:
     return Tracing(config.trace_endpoint)
 
 
-def _reflected() -> DescriptorPool:
-    """Everything that reflection tells of, in one pool: the protocol's own messages are in none of the others'."""
+def _reflection() -> grpc.GenericRpcHandler:
+    """grpcio-reflection, of everything in one pool: the protocol's own messages are in none of the others'."""
     pool = DescriptorPool()
     for file in (classifier_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR, _PROTOCOL.file):
         pool.AddSerializedFile(file.serialized_pb)
-    return pool
+    names = (*SERVICES, _HEALTH.full_name, reflection.SERVICE_NAME)
+    service = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names, pool=pool).ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(reflection.SERVICE_NAME, {"ServerReflectionInfo": service})
 
 
 def serve(config: ServerConfig) -> None:

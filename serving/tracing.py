@@ -22,13 +22,10 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from serving import __version__
+from serving import __version__, rpc
 from serving.statistics import Stages, observer
 
 _CLOSE_S = 5.0
-
-Context = grpc.aio.ServicerContext[Any, Any]
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 _UNTRACED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes would be most of what is traced
 
@@ -42,10 +39,8 @@ _OUR_ERRORS = {
     grpc.StatusCode.DATA_LOSS,
 }
 
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
-
-class Tracing(grpc.aio.ServerInterceptor):
+class Tracing:
     """Wraps every call in a span, and sends the spans to a collector."""
 
     def __init__(self, endpoint: str) -> None:
@@ -64,11 +59,9 @@ class Tracing(grpc.aio.ServerInterceptor):
         sending.start()
         sending.join(_CLOSE_S)
 
-    async def intercept_service(
-        self, continuation: Continuation, details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Called by gRPC for each call, before it is read."""
-        handler = await continuation(details)
+    def intercept(self, details: rpc.CallDetails, find: rpc.Find) -> rpc.Handler | None:
+        """What answers a call, in a span."""
+        handler = find(details)
         if handler is None or details.method.startswith(_UNTRACED):
             return handler
         if handler.unary_unary:
@@ -81,15 +74,15 @@ class Tracing(grpc.aio.ServerInterceptor):
             self._stream(handler.stream_stream, details), response_serializer=handler.response_serializer
         )
 
-    def _unary(self, call: Callable[..., Any], details: grpc.HandlerCallDetails) -> Callable[..., Awaitable[Any]]:
-        async def traced(data: bytes, context: Context) -> Any:
+    def _unary(self, call: Callable[..., Any], details: rpc.CallDetails) -> Callable[..., Awaitable[Any]]:
+        async def traced(data: bytes, context: rpc.Call) -> Any:
             with self._span(details, context):
                 return await call(data, context)
 
         return traced
 
-    def _stream(self, call: Callable[..., Any], details: grpc.HandlerCallDetails) -> Callable[..., AsyncIterator[Any]]:
-        async def traced(source: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+    def _stream(self, call: Callable[..., Any], details: rpc.CallDetails) -> Callable[..., AsyncIterator[Any]]:
+        async def traced(source: AsyncIterator[bytes], context: rpc.Call) -> AsyncIterator[Any]:
             with self._span(details, context):
                 async for response in call(source, context):
                     yield response
@@ -97,7 +90,7 @@ class Tracing(grpc.aio.ServerInterceptor):
         return traced
 
     @contextmanager
-    def _span(self, details: grpc.HandlerCallDetails, context: Context) -> Iterator[None]:
+    def _span(self, details: rpc.CallDetails, context: rpc.Call) -> Iterator[None]:
         """A span around a call, which has a task and so a context of its own: `observer` adds what inference takes."""
         carrier = {key: value for key, value in details.invocation_metadata if isinstance(value, str)}
         service, _, method = details.method.lstrip("/").rpartition("/")
@@ -114,7 +107,7 @@ class Tracing(grpc.aio.ServerInterceptor):
             if not context.cancelled():
                 code = grpc.StatusCode.OK
         except Exception:
-            code = _CODES[_number(context.code())]
+            code = context.code()
             raise
         finally:
             span.set_attribute("rpc.grpc.status_code", code.value[0])
@@ -140,8 +133,3 @@ class Tracing(grpc.aio.ServerInterceptor):
         ):
             self._tracer.start_span(name, within, start_time=begin + since).end(end + since)
         inference.end(end_ns + since)
-
-
-def _number(code: Any) -> int:
-    """gRPC's types say that this is a StatusCode; after an abort it is the number."""
-    return int(code.value[0]) if isinstance(code, grpc.StatusCode) else int(code)

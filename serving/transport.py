@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import grpc
-
+from serving import rpc
 from serving.config import ServerConfig
 from serving.errors import cannot_listen
 from serving.security import Tls
@@ -11,7 +10,7 @@ from serving.security import Tls
 _INT_MAX = 2**31 - 1
 
 
-def listen(server: grpc.aio.Server, config: ServerConfig, tls: Tls | None) -> int:
+def listen(server: rpc.Server, config: ServerConfig, tls: Tls | None) -> int:
     """Bind the port that the settings name, and return it.
 
     Raises:

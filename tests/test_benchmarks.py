@@ -256,6 +256,14 @@ def test_soak(repository, tmp_path, most, code):
     assert ended == (code if written["more_open_files"] <= soak.MOST_MORE_FILES else 1)
 
 
+def test_soak_of_one_part(repository, capsys):
+    arguments = ["--repository", str(repository), "--model", MODEL, "--seconds", "1", "--most-mb-per-min=1e9"]
+    assert soak.main([*arguments, "--only", "raw pictures"]) == 0
+    printed = capsys.readouterr().out
+    assert "raw pictures" in printed
+    assert "unary tensors" not in printed
+
+
 @pytest.fixture(scope="module")
 def figures(repository, tmp_path_factory):
     path = tmp_path_factory.mktemp("figures") / "serving.json"

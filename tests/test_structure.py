@@ -30,6 +30,7 @@ OWNERS = {
     "opentelemetry": {"serving/tracing.py"},
     "prometheus_client": {"serving/metrics.py"},
 }
+PRIVATE = {"serving/rpc.py"}  # where what grpcio does not promise to keep may be used
 
 
 def imports(path: Path) -> set[str]:
@@ -57,6 +58,11 @@ def test_imports_go_one_way(package):
 def test_heavy_packages_have_one_owner_in_the_server(name):
     users = {str(path.relative_to(ROOT)) for path in (ROOT / "serving").rglob("*.py") if name in imports(path)}
     assert users == OWNERS[name]
+
+
+def test_the_private_parts_of_grpcio_have_one_owner():
+    users = {str(p.relative_to(ROOT)) for p in (ROOT / "serving").rglob("*.py") if "cygrpc" in p.read_text()}
+    assert users == PRIVATE
 
 
 def test_the_generated_code_is_fresh(tmp_path):

@@ -18,7 +18,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from serving import logs
+from serving import logs, rpc
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, MessageTooLarge, Unavailable
 from serving.repository import Repository, ServedModel
@@ -28,7 +28,7 @@ from serving.services.statuses import to_status, trailing_metadata
 from serving.statistics import Rpcs, Stages
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = rpc.Call
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 Given = TypeVar("Given", covariant=True)

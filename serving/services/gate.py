@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from serving import errors, logs
+from serving import errors, logs, rpc
 from serving.errors import RequestError, Unavailable
 from serving.services.statuses import to_status, trailing_metadata
 from serving.statistics import Rpcs
@@ -31,7 +31,7 @@ Request = TypeVar("Request")
 def refusal(error: Exception, method: str) -> grpc.RpcMethodHandler[Any, Any]:
     """Ends a call of any kind with the status of `error`, without reading it."""
 
-    async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def refuse(_: object, context: rpc.Call) -> None:
         def about() -> logs.Fields:
             return logs.about(method, context.peer(), context.invocation_metadata() or ())
 

@@ -1,0 +1,251 @@
+"""The gRPC server beneath the services: real channels to handlers of all kinds."""
+
+import asyncio
+import threading
+import time
+from contextlib import contextmanager
+
+import grpc
+import pytest
+
+from serving import rpc
+
+SERVICE = "test.Service"
+
+
+class Handlers:
+    """What the tests call, and what became of it."""
+
+    def __init__(self):
+        self.started = threading.Event()
+        self.cancelled = threading.Event()
+        self.seen = []
+
+    async def echo(self, data, call):
+        self.seen.append((data, call.invocation_metadata(), call.peer(), call.time_remaining()))
+        return data
+
+    async def refuse(self, data, call):
+        await call.abort(grpc.StatusCode.NOT_FOUND, "no such thing", (("hint-bin", b"\x01"),))
+
+    async def fail(self, data, call):
+        raise ValueError("a secret")
+
+    async def wait(self, data, call):
+        self.started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if call.cancelled():
+                self.cancelled.set()
+
+    async def nap(self, data, call):
+        self.started.set()
+        await asyncio.sleep(0.3)
+        return b"rested"
+
+    async def double(self, requests, call):
+        async for data in requests:
+            yield data + data
+
+    async def unread(self, requests, call):
+        call.set_code(grpc.StatusCode.UNAVAILABLE)
+        call.set_details("elsewhere")
+
+    def generic(self):
+        unary = {name: getattr(self, name) for name in ("echo", "refuse", "fail", "wait", "nap")}
+        streams = {name: getattr(self, name) for name in ("double", "unread")}
+        methods = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
+        methods |= {name: grpc.stream_stream_rpc_method_handler(method) for name, method in streams.items()}
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+@contextmanager
+def served(handlers, **settings):
+    """A server on a thread of its own: a channel to it, and how to stop it."""
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+    started = {}
+
+    async def start():
+        server = started["server"] = rpc.Server(**settings)
+        server.add_generic_rpc_handlers((handlers.generic(),))
+        started["port"] = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        ready.set()
+
+    def run():
+        loop.run_until_complete(start())
+        loop.run_forever()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(10)
+
+    def stop(grace=None):
+        return asyncio.run_coroutine_threadsafe(started["server"].stop(grace), loop)
+
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{started['port']}") as channel:
+            yield channel, stop
+    finally:
+        stop().result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+@pytest.fixture(params=[(), ("echo", "refuse", "fail", "wait", "nap")], ids=["asked first", "read first"])
+def server(request):
+    handlers = Handlers()
+    with served(handlers, read_first=[f"/{SERVICE}/{name}" for name in request.param]) as (channel, stop):
+        yield handlers, channel, stop
+
+
+def unary(channel, name):
+    return channel.unary_unary(f"/{SERVICE}/{name}")
+
+
+def test_a_handler_is_told_who_asks_and_until_when(server):
+    handlers, channel, _ = server
+    assert unary(channel, "echo")(b"hello", timeout=50, metadata=(("who", "me"),)) == b"hello"
+    assert unary(channel, "echo")(b"") == b""
+    (data, metadata, peer, remaining), (_, _, _, none) = handlers.seen
+    assert data == b"hello"
+    assert ("who", "me") in [tuple(pair) for pair in metadata]
+    assert peer.startswith("ipv4:127.0.0.1:")
+    assert 40 < remaining <= 50
+    assert none is None
+
+
+def test_an_abort_is_a_status_with_text_and_metadata(server):
+    _, channel, _ = server
+    with pytest.raises(grpc.RpcError) as raised:
+        unary(channel, "refuse")(b"", timeout=10)
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    assert raised.value.details() == "no such thing"
+    assert ("hint-bin", b"\x01") in [tuple(pair) for pair in raised.value.trailing_metadata()]
+
+
+def test_an_unexpected_error_is_logged_and_not_told(server, caplog):
+    _, channel, _ = server
+    with pytest.raises(grpc.RpcError) as raised:
+        unary(channel, "fail")(b"", timeout=10)
+    assert raised.value.code() is grpc.StatusCode.UNKNOWN
+    assert "secret" not in raised.value.details()
+    assert "a secret" in caplog.text
+
+
+def test_a_method_that_is_not_there(server):
+    _, channel, _ = server
+    with pytest.raises(grpc.RpcError) as raised:
+        unary(channel, "nothing")(b"", timeout=10)
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_unary_call_without_a_request(server):
+    _, channel, _ = server
+    call = channel.stream_stream(f"/{SERVICE}/echo")(iter(()), timeout=10)
+    with pytest.raises(grpc.RpcError) as raised:
+        next(call)
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert raised.value.details() == f"/{SERVICE}/echo needs one request, got none"
+
+
+def test_a_stream_is_answered_as_it_comes(server):
+    _, channel, _ = server
+    go_on = threading.Event()
+
+    def requests():
+        yield b"a"
+        assert go_on.wait(10)
+        yield b"b"
+
+    answers = channel.stream_stream(f"/{SERVICE}/double")(requests(), timeout=20)
+    assert next(answers) == b"aa"
+    go_on.set()
+    assert list(answers) == [b"bb"]
+
+
+def test_a_stream_can_be_refused_before_it_sends_anything(server):
+    _, channel, _ = server
+    never = threading.Event()
+
+    def requests():
+        never.wait(10)
+        yield b""
+
+    with pytest.raises(grpc.RpcError) as raised:
+        next(channel.stream_stream(f"/{SERVICE}/unread")(requests(), timeout=20))
+    never.set()
+    assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.UNAVAILABLE, "elsewhere")
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_a_handler_ends_when_nobody_waits(server, how):
+    handlers, channel, _ = server
+    call = unary(channel, "wait").future(b"", timeout=1 if how == "deadline" else 60)
+    assert handlers.started.wait(10)
+    if how == "cancel":
+        call.cancel()
+    assert handlers.cancelled.wait(10)
+
+
+def test_many_calls_at_once_each_get_their_own_answer(server):
+    _, channel, _ = server
+    calls = {number: unary(channel, "echo").future(str(number).encode(), timeout=60) for number in range(1000)}
+    assert all(call.result() == str(number).encode() for number, call in calls.items())
+
+
+def test_stopping_lets_calls_finish_in_time(server):
+    handlers, channel, stop = server
+    call = unary(channel, "nap").future(b"", timeout=60)
+    assert handlers.started.wait(10)
+    stop(grace=60).result(10)
+    assert call.result() == b"rested"
+    with pytest.raises(grpc.RpcError) as raised:
+        unary(channel, "echo")(b"", timeout=10)
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_stopping_cancels_calls_that_take_longer(server):
+    handlers, channel, stop = server
+    call = unary(channel, "wait").future(b"", timeout=60)
+    assert handlers.started.wait(10)
+    began = time.monotonic()
+    stop(grace=0.2).result(10)
+    assert time.monotonic() - began >= 0.2
+    assert handlers.cancelled.wait(10)
+    assert isinstance(call.exception(), grpc.RpcError)
+
+
+def test_an_interceptor_answers_before_anything_is_read():
+    found = []
+
+    def guard(details, find):
+        found.append(details.method)
+        if details.method.endswith("echo"):
+
+            async def refuse(requests, call):
+                call.set_code(grpc.StatusCode.UNAUTHENTICATED)
+
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return find(details)
+
+    handlers = Handlers()
+    with served(handlers, interceptors=[guard]) as (channel, _):
+        with pytest.raises(grpc.RpcError) as raised:
+            unary(channel, "echo")(b"", timeout=10)
+        assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert unary(channel, "nap")(b"", timeout=10) == b"rested"
+    assert found == [f"/{SERVICE}/echo", f"/{SERVICE}/nap"]
+    assert handlers.seen == []
+
+
+def test_a_port_that_is_taken():
+    async def bind():
+        first = rpc.Server(options=[("grpc.so_reuseport", 0)])
+        port = first.add_insecure_port("127.0.0.1:0")
+        with pytest.raises(RuntimeError, match=f"127.0.0.1:{port} cannot be bound"):
+            rpc.Server(options=[("grpc.so_reuseport", 0)]).add_insecure_port(f"127.0.0.1:{port}")
+
+    asyncio.run(bind())
