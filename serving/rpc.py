@@ -34,6 +34,7 @@ _NO_FLAGS = 0
 _NEVER_S = 1e12  # 30,000 years: a deadline after that is none
 _ASKED = 32  # calls that the core may hand over at once
 _DRAINED = 256  # events that are handled before the loop has a turn
+_BEHIND = 256  # events that the loop has not come to: with more, it is not given more calls
 
 
 class CallDetails(grpc.HandlerCallDetails):
@@ -267,8 +268,9 @@ class Server:
         self._told = False  # whether the loop will look into the inbox
         self._tasks: set[asyncio.Task[None]] = set()
         self._pump = threading.Thread(target=self._poll, name="grpc-pump", daemon=True)
-        self._stopping = False
         self._asking = threading.Lock()  # the core fails when it is asked for a call after its shutdown
+        self._stopping = False
+        self._owed = 0  # calls that the core will be asked for when the loop has caught up
         self._stopped = asyncio.Event()
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -292,8 +294,8 @@ class Server:
         """Answer calls."""
         self.loop = asyncio.get_running_loop()
         self._core.start()
-        for _ in range(_ASKED):
-            self._core.request_call(self._queue, self._queue, self._called)
+        self._owed = _ASKED
+        self._ask()
         self._pump.start()
 
     async def stop(self, grace: float | None) -> None:
@@ -333,6 +335,8 @@ class Server:
         for _ in range(min(len(inbox), _DRAINED)):
             callback, argument = inbox.popleft()
             callback(argument)
+        if self._owed and len(inbox) < _BEHIND:
+            self._ask()
         if inbox and not self._told:
             self._told = True
             self.loop.call_soon(self._listen)
@@ -354,9 +358,18 @@ class Server:
         if not event.success:  # the server stops
             return
         with self._asking:
-            if not self._stopping:
-                self._core.request_call(self._queue, self._queue, self._called)
+            self._owed += 1
+        if len(self._inbox) < _BEHIND:
+            self._ask()
         Call(self, event).begin(read=event.call_details.method in self._read_first)
+
+    def _ask(self) -> None:
+        """Let the core hand over one call for each that it has handed over. Others wait there, or are refused there."""
+        with self._asking:
+            while self._owed:
+                self._owed -= 1
+                if not self._stopping:
+                    self._core.request_call(self._queue, self._queue, self._called)
 
     def _shut_down(self, _: Any) -> None:
         """Every call has ended."""

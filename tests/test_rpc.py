@@ -44,6 +44,11 @@ class Handlers:
         await asyncio.sleep(0.3)
         return b"rested"
 
+    async def block(self, data, call):
+        self.started.set()
+        time.sleep(1)  # the whole loop
+        return data
+
     async def double(self, requests, call):
         async for data in requests:
             yield data + data
@@ -53,7 +58,7 @@ class Handlers:
         call.set_details("elsewhere")
 
     def generic(self):
-        unary = {name: getattr(self, name) for name in ("echo", "refuse", "fail", "wait", "nap")}
+        unary = {name: getattr(self, name) for name in ("echo", "refuse", "fail", "wait", "nap", "block")}
         streams = {name: getattr(self, name) for name in ("double", "unread")}
         methods = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
         methods |= {name: grpc.stream_stream_rpc_method_handler(method) for name, method in streams.items()}
@@ -239,6 +244,19 @@ def test_an_interceptor_answers_before_anything_is_read():
         assert unary(channel, "nap")(b"", timeout=10) == b"rested"
     assert found == [f"/{SERVICE}/echo", f"/{SERVICE}/nap"]
     assert handlers.seen == []
+
+
+def test_a_loop_that_is_behind_leaves_calls_to_the_core_which_refuses_what_is_too_much():
+    options = [("grpc.server.max_pending_requests", 10), ("grpc.server.max_pending_requests_hard_limit", 10)]
+    with served(Handlers(), options=options) as (channel, _):
+        calls = [unary(channel, "block").future(b"", timeout=60)]
+        calls += [unary(channel, "echo").future(b"", timeout=60) for _ in range(3000)]
+        errors = [call.exception() for call in calls]
+    refused = [error for error in errors if error]
+    assert 0 < len(refused) < 3000
+    codes = {error.code() for error in refused}
+    assert grpc.StatusCode.RESOURCE_EXHAUSTED in codes
+    assert codes <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}  # the core's word for some of them
 
 
 def test_a_port_that_is_taken():
