@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # types-grpcio has none of it
@@ -34,7 +34,6 @@ _NO_FLAGS = 0
 _NEVER_S = 1e12  # 30,000 years: a deadline after that is none
 _ASKED = 32  # calls that the core may hand over at once
 _DRAINED = 256  # events that are handled before the loop has a turn
-_BEHIND = 256  # events that the loop has not come to: with more, it is not given more calls
 
 
 class CallDetails(grpc.HandlerCallDetails):
@@ -43,6 +42,16 @@ class CallDetails(grpc.HandlerCallDetails):
     def __init__(self, method: str, invocation_metadata: Metadata) -> None:
         self.method = method
         self.invocation_metadata = tuple(invocation_metadata)
+
+
+class Limit(NamedTuple):
+    """When the loop is behind, calls are refused without it."""
+
+    waiting: int  # events of calls that the loop has not come to
+    code: grpc.StatusCode  # of calls that come then
+    details: str
+    trailing_metadata: Metadata
+    refused: Callable[[str], None]  # told the method of each, on the loop
 
 
 class Aborted(Exception):
@@ -143,6 +152,12 @@ class Call:
             self._core.start_server_batch((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), self._read)
         else:
             self._server.tell(self._run, None)
+
+    def refuse(self, limit: Limit) -> None:
+        """On the pump: end the call unread."""
+        self._core.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), _nothing)
+        self._code, self._details, self._trailing = limit.code, limit.details, limit.trailing_metadata
+        self._end()
 
     def _read(self, event: Any) -> None:
         self._server.tell(self._run, event)
@@ -245,6 +260,7 @@ class Server:
         interceptors: Sequence[Interceptor] = (),
         options: Sequence[tuple[str, int]] = (),
         read_first: Collection[str] = (),
+        limit: Limit | None = None,
     ) -> None:
         """Not listening yet.
 
@@ -254,6 +270,7 @@ class Server:
             options: the core's channel arguments.
             read_first: methods, `/service/method`, whose first request is read before a handler is looked for: one
                 hand-over less. What could be refused unread should not be among them, save to save that time.
+            limit: what may wait for the loop, and what becomes of more.
         """
         self.loop: asyncio.AbstractEventLoop
         self.find: Find = self._find
@@ -268,9 +285,9 @@ class Server:
         self._told = False  # whether the loop will look into the inbox
         self._tasks: set[asyncio.Task[None]] = set()
         self._pump = threading.Thread(target=self._poll, name="grpc-pump", daemon=True)
+        self._limit = limit
         self._asking = threading.Lock()  # the core fails when it is asked for a call after its shutdown
         self._stopping = False
-        self._owed = 0  # calls that the core will be asked for when the loop has caught up
         self._stopped = asyncio.Event()
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -294,8 +311,8 @@ class Server:
         """Answer calls."""
         self.loop = asyncio.get_running_loop()
         self._core.start()
-        self._owed = _ASKED
-        self._ask()
+        for _ in range(_ASKED):
+            self._ask()
         self._pump.start()
 
     async def stop(self, grace: float | None) -> None:
@@ -335,8 +352,6 @@ class Server:
         for _ in range(min(len(inbox), _DRAINED)):
             callback, argument = inbox.popleft()
             callback(argument)
-        if self._owed and len(inbox) < _BEHIND:
-            self._ask()
         if inbox and not self._told:
             self._told = True
             self.loop.call_soon(self._listen)
@@ -357,19 +372,19 @@ class Server:
     def _called(self, event: Any) -> None:
         if not event.success:  # the server stops
             return
-        with self._asking:
-            self._owed += 1
-        if len(self._inbox) < _BEHIND:
-            self._ask()
-        Call(self, event).begin(read=event.call_details.method in self._read_first)
+        self._ask()
+        call = Call(self, event)
+        if self._limit and len(self._inbox) >= self._limit.waiting:
+            call.refuse(self._limit)
+            self.tell(self._limit.refused, call.details.method)
+        else:
+            call.begin(read=event.call_details.method in self._read_first)
 
     def _ask(self) -> None:
-        """Let the core hand over one call for each that it has handed over. Others wait there, or are refused there."""
+        """Let the core hand over one more call."""
         with self._asking:
-            while self._owed:
-                self._owed -= 1
-                if not self._stopping:
-                    self._core.request_call(self._queue, self._queue, self._called)
+            if not self._stopping:
+                self._core.request_call(self._queue, self._queue, self._called)
 
     def _shut_down(self, _: Any) -> None:
         """Every call has ended."""

@@ -32,10 +32,6 @@ def options(config: ServerConfig, shared_port: bool) -> list[tuple[str, int]]:
         "grpc.max_send_message_length": config.max_message_bytes,
         # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
         "grpc.so_reuseport": int(shared_port),
-        # Calls that arrived and that the event loop has not come to yet. gRPC itself refuses more, which is quick;
-        # under overload the loop would else come to each when nobody waits for it any more.
-        "grpc.server.max_pending_requests": config.max_queue,
-        "grpc.server.max_pending_requests_hard_limit": config.max_queue,
         "grpc.keepalive_time_ms": _ms(config.keepalive_time_s),
         "grpc.keepalive_timeout_ms": _ms(config.keepalive_timeout_s),
         "grpc.keepalive_permit_without_calls": 1,  # pings find dead connections that have no calls too
