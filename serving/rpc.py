@@ -1,4 +1,4 @@
-"""A gRPC server for asyncio that costs a third of what `grpc.aio` does for each call.
+"""A gRPC server for asyncio that costs less than half of what `grpc.aio` does for each call.
 
 `grpc.aio` runs several tasks for a call, and wakes the event loop for each of the core's events. This server takes
 them from the core's completion queue on a thread of its own, the pump, which does what needs no decision; the loop is

@@ -32,6 +32,9 @@ def options(config: ServerConfig, shared_port: bool) -> list[tuple[str, int]]:
         "grpc.max_send_message_length": config.max_message_bytes,
         # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
         "grpc.so_reuseport": int(shared_port),
+        # Calls that arrived and were not handed over yet: what the core refuses costs next to nothing.
+        "grpc.server.max_pending_requests": config.max_queue,
+        "grpc.server.max_pending_requests_hard_limit": config.max_queue,
         "grpc.keepalive_time_ms": _ms(config.keepalive_time_s),
         "grpc.keepalive_timeout_ms": _ms(config.keepalive_timeout_s),
         "grpc.keepalive_permit_without_calls": 1,  # pings find dead connections that have no calls too

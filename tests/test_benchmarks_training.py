@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from benchmarks import training
+from benchmarks import plot_training, training
 from benchmarks.training import COURSE, RECIPE, Run
 
 
@@ -33,6 +34,21 @@ def test_a_recipe_is_trained_in_a_process_of_its_own(tmp_path, capsys):
     assert run["seconds"] > 0
     assert run["test_accuracy"] > 0.988  # the mean is 0.9904
     assert f"recipe, seed 3: {run['seconds']:.2f} s" in capsys.readouterr().out
+
+
+def test_accuracies_are_drawn(tmp_path, capsys):
+    runs = [{"kind": RECIPE, "seed": seed, "test_accuracy": 0.99 + seed / 1000} for seed in range(3)]
+    path, picture = tmp_path / "report.json", tmp_path / "accuracy.png"
+    path.write_text(json.dumps({"recipe": "fast", "runs": runs}))
+    assert plot_training.main([str(path), str(path), str(picture), "--wanted", "99", "99.5"]) == 0
+    with Image.open(picture) as drawn:
+        assert drawn.width > drawn.height > 300
+    path.write_text("{}")
+    assert plot_training.main([str(path), str(picture), "--wanted", "99"]) == 1
+    assert "want files of python -m benchmarks.training --json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot_training.main([str(path), str(picture), "--wanted", "99", "98"])
+    assert "got 2 numbers for 1 reports" in capsys.readouterr().err
 
 
 def test_an_unknown_recipe_is_told(capsys):
