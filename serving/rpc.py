@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import grpc
@@ -47,6 +48,7 @@ class CallDetails(grpc.HandlerCallDetails):
 class Limit(NamedTuple):
     """When the loop is behind, calls are refused without it."""
 
+    methods: Collection[str]  # `/service/method`; other calls wait as long as it takes
     waiting: int  # events of calls that the loop has not come to
     code: grpc.StatusCode  # of calls that come then
     details: str
@@ -179,8 +181,8 @@ class Call:
             self._task = self._server.run(self._answer())
 
     async def _answer(self) -> None:
-        handler = self._server.find(self.details)
         try:
+            handler = self._server.find(self.details)
             if handler is None:
                 self._code, self._details = grpc.StatusCode.UNIMPLEMENTED, "Method not found!"
             elif handler.unary_unary:
@@ -210,9 +212,10 @@ class Call:
         if not hasattr(answers, "__aiter__"):
             await answers
             return
-        async for response in answers:
-            send = cygrpc.SendMessageOperation(_encoded(response, handler), _NO_FLAGS)
-            await self._perform(*self._beginning(), send)
+        async with aclosing(answers):
+            async for response in answers:
+                send = cygrpc.SendMessageOperation(_encoded(response, handler), _NO_FLAGS)
+                await self._perform(*self._beginning(), send)
 
     def _beginning(self) -> tuple[Any, ...]:
         """What has to be sent before anything else, once."""
@@ -277,7 +280,7 @@ class Server:
         for interceptor in reversed(interceptors):
             self.find = _around(interceptor, self.find)
         self._handlers: list[grpc.GenericRpcHandler] = []
-        self._read_first = frozenset(method.encode() for method in read_first)
+        self._read_first = frozenset(read_first)
         self._core = cygrpc.Server(tuple((name.encode(), value) for name, value in options), False)
         self._queue = cygrpc.CompletionQueue()
         self._core.register_completion_queue(self._queue)
@@ -374,11 +377,12 @@ class Server:
             return
         self._ask()
         call = Call(self, event)
-        if self._limit and len(self._inbox) >= self._limit.waiting:
-            call.refuse(self._limit)
-            self.tell(self._limit.refused, call.details.method)
+        limit = self._limit
+        if limit and len(self._inbox) >= limit.waiting and call.details.method in limit.methods:
+            call.refuse(limit)
+            self.tell(limit.refused, call.details.method)
         else:
-            call.begin(read=event.call_details.method in self._read_first)
+            call.begin(read=call.details.method in self._read_first)
 
     def _ask(self) -> None:
         """Let the core hand over one more call."""

@@ -105,7 +105,7 @@ class Server:
         def refused(method: str) -> None:
             self._rpcs.ended[method[1:], code.name] += 1
 
-        return rpc.Limit(self._config.max_queue, code, str(error), metadata, refused)
+        return rpc.Limit(_INFERENCE, self._config.max_queue, code, str(error), metadata, refused)
 
     async def start(self) -> str:
         """Listen, NOT_SERVING as yet; returns the address `host:port` with the port that was bound.

@@ -53,13 +53,22 @@ class Handlers:
         async for data in requests:
             yield data + data
 
+    async def count(self, requests, call):
+        try:
+            number = 0
+            while True:
+                number += 1
+                yield b"%d" % number
+        finally:
+            self.cancelled.set()
+
     async def unread(self, requests, call):
         call.set_code(grpc.StatusCode.UNAVAILABLE)
         call.set_details("elsewhere")
 
     def generic(self):
         unary = {name: getattr(self, name) for name in ("echo", "refuse", "fail", "wait", "nap", "block")}
-        streams = {name: getattr(self, name) for name in ("double", "unread")}
+        streams = {name: getattr(self, name) for name in ("double", "count", "unread")}
         methods = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
         methods |= {name: grpc.stream_stream_rpc_method_handler(method) for name, method in streams.items()}
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -248,19 +257,42 @@ def test_an_interceptor_answers_before_anything_is_read():
 
 def test_calls_are_refused_while_the_loop_is_behind():
     told = []
-    limit = rpc.Limit(10, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", (("hint-bin", b"\x02"),), told.append)
+    methods = [f"/{SERVICE}/echo"]
+    limit = rpc.Limit(
+        methods, 10, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", (("hint-bin", b"\x02"),), told.append
+    )
     handlers = Handlers()
     with served(handlers, limit=limit) as (channel, _):
         first = unary(channel, "block").future(b"first", timeout=60)
         assert handlers.started.wait(10)
         calls = [unary(channel, "echo").future(b"", timeout=60) for _ in range(100)]
+        probe = unary(channel, "nap").future(b"", timeout=60)
         errors = [error for call in calls if (error := call.exception())]
         assert len(errors) == 90
+        assert probe.result() == b"rested"
         assert first.result() == b"first"
         assert unary(channel, "echo")(b"again") == b"again"
     assert {(error.code(), error.details()) for error in errors} == {(limit.code, "too many")}
     assert all(("hint-bin", b"\x02") in [tuple(pair) for pair in error.trailing_metadata()] for error in errors)
     assert told == [f"/{SERVICE}/echo"] * 90
+
+
+def test_an_interceptor_that_fails_ends_the_call(caplog):
+    def fail(details, find):
+        raise ValueError("a secret")
+
+    with served(Handlers(), interceptors=[fail]) as (channel, _), pytest.raises(grpc.RpcError) as raised:
+        unary(channel, "echo")(b"", timeout=10)
+    assert raised.value.code() is grpc.StatusCode.UNKNOWN
+    assert "a secret" in caplog.text
+
+
+def test_a_stream_that_is_left_is_closed_at_once(server):
+    handlers, channel, _ = server
+    call = channel.stream_stream(f"/{SERVICE}/count")(iter((b"",)), timeout=20)
+    assert next(call) == b"1"
+    call.cancel()
+    assert handlers.cancelled.wait(10)
 
 
 def test_a_port_that_is_taken():
