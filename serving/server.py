@@ -49,7 +49,7 @@ _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
 _PROTOCOL = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 _INFERENCE = frozenset({f"/{_CLASSIFIER.full_name}/Predict", f"/{_PROTOCOL.full_name}/ModelInfer"})
-_BEHIND_S = 0.1  # when to try again when the event loop is behind
+_BEHIND, _BEHIND_S = 64, 0.1  # events that may wait for the event loop at least; when to try again when more do
 SERVICES = (_CLASSIFIER.full_name, _PROTOCOL.full_name)
 
 
@@ -105,7 +105,7 @@ class Server:
         def refused(method: str) -> None:
             self._rpcs.ended[method[1:], code.name] += 1
 
-        return rpc.Limit(_INFERENCE, self._config.max_queue, code, str(error), metadata, refused)
+        return rpc.Limit(_INFERENCE, max(self._config.max_queue, _BEHIND), code, str(error), metadata, refused)
 
     async def start(self) -> str:
         """Listen, NOT_SERVING as yet; returns the address `host:port` with the port that was bound.
