@@ -48,11 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     if len(options.wanted) != len(options.reports):
         parser.error(f"got {len(options.wanted)} numbers for {len(options.reports)} reports, want one for each")
     try:
-        draw(
-            [json.loads(report.read_text(encoding="utf-8")) for report in options.reports],
-            options.wanted,
-            options.picture,
-        )
+        reports = [json.loads(report.read_text(encoding="utf-8")) for report in options.reports]
+        draw(reports, options.wanted, options.picture)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}; want files of python -m benchmarks.training --json", file=sys.stderr)
         return 1

@@ -43,7 +43,7 @@ from serving.images import Polarity
 
 IN_FLIGHT = 8  # of each of the two loads of tensors
 RELOAD_S = 5.0
-VANISH_S = 0.5  # between two clients that vanish, each with as many calls unanswered as there are exchanges
+VANISH_S = 0.05  # between two clients that vanish, each with as many calls unanswered as there are exchanges
 MOST_MORE_FILES = 2  # that may be open at the end
 WARMUP = 0.25  # of the time; the allocators' pools fill up
 

@@ -1,9 +1,9 @@
-"""What new calls meet before they are read, while the server stops or has more to do than it can.
+"""What new calls meet before they are parsed, while the server stops or has more to do than it can.
 
 gRPC's own shutdown cancels every call that has arrived and is not handled yet: under load, many. So calls are refused
 here first, with a status that tells clients to try another server, until hardly any arrive. And to refuse a call
-unread costs half as much as to read, parse and then refuse it: under overload that decides whether there is time left
-for the requests that were accepted.
+unparsed costs much less than to parse and then refuse it: under overload that decides whether there is time left for
+the requests that were accepted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Request = TypeVar("Request")
 
 
 def refusal(error: Exception, method: str) -> grpc.RpcMethodHandler[Any, Any]:
-    """Ends a call of any kind with the status of `error`, without reading it."""
+    """Ends a call of any kind with the status of `error`, whatever it asks."""
 
     async def refuse(_: object, context: rpc.Call) -> None:
         def about() -> logs.Fields:
