@@ -295,9 +295,9 @@ async def serve_here(config: ServerConfig, member: Member | None = None) -> None
     _on_signals(server, stop, member is not None)
     if member and member.role.models:
         server.take_over(member.role.models)
+    starting = asyncio.create_task(_start(server, config, member))
+    asked = asyncio.create_task(stop.asked.wait())
     try:
-        starting = asyncio.create_task(_start(server, config, member))
-        asked = asyncio.create_task(stop.asked.wait())
         await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting  # raises what starting raised
@@ -310,6 +310,8 @@ async def serve_here(config: ServerConfig, member: Member | None = None) -> None
         stop.asked_again.set()  # nobody is served
         raise
     finally:
+        starting.cancel()  # asked to stop so early, it goes no further
+        await asyncio.gather(starting, return_exceptions=True)
         await server.stop(stop.asked_again)
     logger.info("stopped")
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import collections
+import gc
+import os
 import re
 import signal
 import threading
@@ -13,6 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_cli import serving
 
 from protos import open_inference as pb
+from serving.config import ServerConfig
+from serving.errors import StartupError
+from serving.server import Server, serve
 from serving.services.gate import STOPPING
 
 INFER = pb.RPCS["ModelInfer"].path
@@ -180,3 +185,25 @@ def test_a_second_signal_ends_the_waiting(repository):
         assert process.wait(60) == 0
     assert "stopped" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_server_asked_to_stop_while_it_starts_ends_quietly(repository, monkeypatch, caplog, fails):
+    """Whether or not its start would have come to something."""
+    ended = []
+
+    async def load(_: Server) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append(fails)
+            if fails:
+                raise StartupError("no model may be served") from None
+            raise
+
+    monkeypatch.setattr(Server, "load", load)
+    serve(ServerConfig(repository=repository, port=0))
+    gc.collect()
+    assert ended == [fails]
+    assert not [record for record in caplog.records if record.exc_info]
