@@ -89,14 +89,24 @@ class Catalog:
         Raises:
             QueueFull: it may not, and is counted as refused.
         """
-        served = [served for model in tuple(self._models.values()) for served in model.served]
-        if len(served) == 1:
+        if served := self._only():
             start_ns = time.monotonic_ns()
             try:
-                served[0].scheduler.queue.check()
+                served.scheduler.queue.check()
             except QueueFull:
-                served[0].statistics.failed(start_ns)
+                served.statistics.failed(start_ns)
                 raise
+
+    def refusal(self, coming: int) -> tuple[ServedModel, QueueFull] | None:
+        """What `check_room` would raise when `coming` more requests wait, and for which version; as `Queue.refusal`."""
+        if (served := self._only()) and (error := served.scheduler.queue.refusal(coming)):
+            return served, error
+        return None
+
+    def _only(self) -> ServedModel | None:
+        """The version that is served, where there is but one."""
+        served = [served for model in tuple(self._models.values()) for served in model.served]
+        return served[0] if len(served) == 1 else None
 
     def answering(self) -> dict[str, bool]:
         """Whether a version is READY, of every model known."""

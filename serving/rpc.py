@@ -35,6 +35,7 @@ _NO_FLAGS = 0
 _NEVER_S = 1e12  # 30,000 years: a deadline after that is none
 _ASKED = 32  # calls that the core may hand over at once
 _DRAINED = 256  # events that are handled before the loop has a turn
+_COUNTED_S = 0.01  # refused calls are counted so late: to wake the loop for each would cost more than to refuse it
 
 
 class CallDetails(grpc.HandlerCallDetails):
@@ -45,15 +46,20 @@ class CallDetails(grpc.HandlerCallDetails):
         self.invocation_metadata = tuple(invocation_metadata)
 
 
-class Limit(NamedTuple):
-    """When the loop is behind, calls are refused without it."""
+class Refusal(NamedTuple):
+    """How a call ends that no handler hears of."""
 
-    methods: Collection[str]  # `/service/method`; other calls wait as long as it takes
-    waiting: int  # events of calls that the loop has not come to
-    code: grpc.StatusCode  # of calls that come then
+    code: grpc.StatusCode
     details: str
     trailing_metadata: Metadata
-    refused: Callable[[str], None]  # told the method of each, on the loop
+    counted: Callable[[str], None]  # told the method, on the loop
+
+
+class Limit(NamedTuple):
+    """Which calls are refused on the pump: what the loop does not hear of costs it nothing."""
+
+    methods: Collection[str]  # `/service/method`; other calls wait as long as it takes
+    refuse: Callable[[int, int], Refusal | None]  # asked for each, on the pump, with what `Server.waiting` gives
 
 
 class Aborted(Exception):
@@ -78,8 +84,8 @@ class Call:
         "parse",
     )
 
-    def __init__(self, server: Server, event: Any) -> None:
-        self.details = CallDetails(event.call_details.method.decode(), event.invocation_metadata)
+    def __init__(self, server: Server, event: Any, method: str) -> None:
+        self.details = CallDetails(method, event.invocation_metadata)
         self.parse: Callable[[bytes], Any] | None = None
         self._server = server
         self._core = event.call
@@ -155,14 +161,13 @@ class Call:
         else:
             self._server.tell(self._run, None)
 
-    def refuse(self, limit: Limit) -> None:
-        """On the pump: end the call unread."""
-        self._core.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), _nothing)
-        self._code, self._details, self._trailing = limit.code, limit.details, limit.trailing_metadata
-        self._end()
-
     def _read(self, event: Any) -> None:
-        self._server.tell(self._run, event)
+        self._server.calls_told += 1
+        self._server.tell(self._run_first, event)
+
+    def _run_first(self, event: Any) -> None:
+        self._server.calls_run += 1
+        self._run(event)
 
     def _closed(self, event: Any) -> None:
         if event.batch_operations[0].cancelled():
@@ -273,7 +278,7 @@ class Server:
             options: the core's channel arguments.
             read_first: methods, `/service/method`, whose first request is read before a handler is looked for: one
                 hand-over less. What could be refused unread should not be among them, save to save that time.
-            limit: what may wait for the loop, and what becomes of more.
+            limit: what is refused before the loop hears of it.
         """
         self.loop: asyncio.AbstractEventLoop
         self.find: Find = self._find
@@ -286,9 +291,13 @@ class Server:
         self._core.register_completion_queue(self._queue)
         self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._told = False  # whether the loop will look into the inbox
+        self.calls_told = 0  # of the calls that are read first; counted by the pump
+        self.calls_run = 0  # of those; counted by the loop
         self._tasks: set[asyncio.Task[None]] = set()
         self._pump = threading.Thread(target=self._poll, name="grpc-pump", daemon=True)
         self._limit = limit
+        self._refused: deque[tuple[Refusal, str]] = deque()  # that are not counted yet, and their methods
+        self._counting = False  # whether they will be
         self._asking = threading.Lock()  # the core fails when it is asked for a call after its shutdown
         self._stopping = False
         self._stopped = asyncio.Event()
@@ -349,6 +358,10 @@ class Server:
             self._told = True
             self.loop.call_soon_threadsafe(self._listen)
 
+    def waiting(self) -> tuple[int, int]:
+        """On the pump: how many events wait for the loop, and how many of them are calls that were read first."""
+        return len(self._inbox), self.calls_told - self.calls_run
+
     def _listen(self) -> None:
         self._told = False  # what comes from here on tells again
         inbox = self._inbox
@@ -376,13 +389,35 @@ class Server:
         if not event.success:  # the server stops
             return
         self._ask()
-        call = Call(self, event)
+        method = event.call_details.method.decode()
         limit = self._limit
-        if limit and len(self._inbox) >= limit.waiting and call.details.method in limit.methods:
-            call.refuse(limit)
-            self.tell(limit.refused, call.details.method)
+        if limit and method in limit.methods and (refusal := limit.refuse(*self.waiting())):
+            self._refuse(event.call, refusal, method)
         else:
-            call.begin(read=call.details.method in self._read_first)
+            Call(self, event, method).begin(read=method in self._read_first)
+
+    def _refuse(self, core: Any, refusal: Refusal, method: str) -> None:
+        """On the pump: end a call unread, with one event of the core and at most one for the loop."""
+        number, details = refusal.code.value[0], refusal.details.encode()
+        operations = (
+            cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),
+            cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),
+            cygrpc.SendStatusFromServerOperation(refusal.trailing_metadata, number, details, _NO_FLAGS),
+        )
+        core.start_server_batch(operations, _nothing)
+        self._refused.append((refusal, method))
+        if not self._counting:
+            self._counting = True
+            self.tell(self._count_soon, None)
+
+    def _count_soon(self, _: None) -> None:
+        self.loop.call_later(_COUNTED_S, self._count)
+
+    def _count(self) -> None:
+        self._counting = False  # what comes from here on tells again
+        while self._refused:
+            refusal, method = self._refused.popleft()
+            refusal.counted(method)
 
     def _ask(self) -> None:
         """Let the core hand over one more call."""

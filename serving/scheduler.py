@@ -158,13 +158,23 @@ class Queue:
         if len(self._waiting) + self.running < self._limits.max_queue:
             return
         self._purge()
-        pending = len(self._waiting) + self.running
-        if pending >= self._limits.max_queue:
+        if len(self._waiting) + self.running >= self._limits.max_queue:
             self._statistics.dropped("queue_full")
-            raise QueueFull(
-                f"model {self._name}: {pending} requests wait already, the queue holds no more (--max-queue)",
-                self._retry_s(),
-            )
+            raise self._is_full()
+
+    def refusal(self, coming: int) -> QueueFull | None:
+        """What `check` would raise when `coming` more requests wait, without a search for those that nobody waits for.
+
+        From any thread; not counted.
+        """
+        return self._is_full() if len(self._waiting) + self.running + coming >= self._limits.max_queue else None
+
+    def _is_full(self) -> QueueFull:
+        count = self._limits.max_queue
+        return QueueFull(
+            f"model {self._name}: {count} requests wait already, the queue holds no more (--max-queue)",
+            self._retry_s(),
+        )
 
     def add(self, request: Request) -> None:
         """Let a request wait.
@@ -251,7 +261,10 @@ class Queue:
 
         In hundredths of a second: it is a guess, and equal answers cost whoever sends and reads many less.
         """
-        oldest = self._waiting[0].queued_ns if self._waiting else self._clock()
+        try:
+            oldest = self._waiting[0].queued_ns
+        except IndexError:  # not asked first: another thread may take it meanwhile
+            oldest = self._clock()
         return max(1, round((self._clock() - oldest) / 1e7)) / 100
 
 

@@ -20,7 +20,7 @@ from protos import classifier_pb2, open_inference
 from serving import rpc, transport
 from serving.config import ServerConfig
 from serving.control import Control, Local, Member, Readiness, Stop
-from serving.errors import STATUS, QueueFull, StartupError
+from serving.errors import StartupError
 from serving.repository import UNLOADED, Repository, State
 from serving.security import TokenGuard, tls
 from serving.services import handler
@@ -28,7 +28,7 @@ from serving.services.classifier import ClassifierService
 from serving.services.gate import Gate, pause
 from serving.services.health import HealthService
 from serving.services.open_inference import OpenInferenceService
-from serving.services.statuses import trailing_metadata
+from serving.services.overload import Overload
 from serving.snapshot import Snapshot, collect
 from serving.statistics import Rpcs
 
@@ -49,7 +49,6 @@ _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
 _PROTOCOL = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 _INFERENCE = frozenset({f"/{_CLASSIFIER.full_name}/Predict", f"/{_PROTOCOL.full_name}/ModelInfer"})
-_BEHIND, _BEHIND_S = 64, 0.1  # events that may wait for the event loop at least; when to try again when more do
 SERVICES = (_CLASSIFIER.full_name, _PROTOCOL.full_name)
 
 
@@ -77,11 +76,12 @@ class Server:
         self._tls = tls(config)
         self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._tracing = _tracing(config)
+        overload = Overload(self.repository, self._rpcs, self._gate, config.max_queue, self._guard or self._tracing)
         self._server = rpc.Server(
             [source.intercept for source in (self._guard, self._tracing) if source],
             transport.options(config, shared_port=member is not None),
             () if self._guard else _INFERENCE,
-            self._limit(),
+            rpc.Limit(_INFERENCE, overload.refuse),
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
         open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
@@ -96,16 +96,6 @@ class Server:
                 _reflection(),
             )
         )
-
-    def _limit(self) -> rpc.Limit:
-        error = QueueFull("more calls wait than the server can come to (--max-queue); try again", _BEHIND_S)
-        code = STATUS[QueueFull]
-        metadata = trailing_metadata(code, str(error), error)
-
-        def refused(method: str) -> None:
-            self._rpcs.ended[method[1:], code.name] += 1
-
-        return rpc.Limit(_INFERENCE, max(self._config.max_queue, _BEHIND), code, str(error), metadata, refused)
 
     async def start(self) -> str:
         """Listen, NOT_SERVING as yet; returns the address `host:port` with the port that was bound.

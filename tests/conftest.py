@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,6 +267,14 @@ class Held:
         assert self.released.wait(30)
         self.runs += 1
         return self._backend.run(inputs)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return once it holds, which must be soon."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
