@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import types
 from contextlib import contextmanager
 
 import grpc
@@ -10,6 +11,8 @@ import pytest
 from conftest import wait_until
 
 from serving import rpc
+from serving.rpc.inbox import Inbox
+from serving.rpc.stream import Requests
 
 SERVICE = "test.Service"
 
@@ -64,13 +67,22 @@ class Handlers:
         finally:
             self.cancelled.set()
 
+    async def large(self, requests, call):
+        for self.made in range(1, 1001):
+            yield bytes(1 << 20)
+
+    async def half(self, requests, call):
+        for number in range(40):
+            yield b"%d" % number
+        raise ValueError("a secret")
+
     async def unread(self, requests, call):
         call.set_code(grpc.StatusCode.UNAVAILABLE)
         call.set_details("elsewhere")
 
     def generic(self):
         unary = {name: getattr(self, name) for name in ("echo", "refuse", "fail", "wait", "nap", "block")}
-        streams = {name: getattr(self, name) for name in ("double", "count", "unread")}
+        streams = {name: getattr(self, name) for name in ("double", "count", "large", "half", "unread")}
         methods = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
         methods |= {name: grpc.stream_stream_rpc_method_handler(method) for name, method in streams.items()}
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -294,6 +306,80 @@ def test_an_interceptor_that_fails_ends_the_call(caplog):
         unary(channel, "echo")(b"", timeout=10)
     assert raised.value.code() is grpc.StatusCode.UNKNOWN
     assert "a secret" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 5_000, 100_000])
+def test_a_stream_answers_each_of_many_requests_in_order(server, size):
+    _, channel, _ = server
+    requests = [number.to_bytes(2, "big") * size for number in range(300)]
+    answers = channel.stream_stream(f"/{SERVICE}/double")(iter(requests), timeout=60)
+    assert list(answers) == [data + data for data in requests]
+
+
+def test_a_stream_makes_no_answers_that_its_client_does_not_take(server):
+    handlers, channel, _ = server
+    call = channel.stream_stream(f"/{SERVICE}/large")(iter(()), timeout=60)
+    next(call)
+    time.sleep(1)
+    made = handlers.made
+    time.sleep(0.5)
+    assert handlers.made == made < 100  # gRPC's own windows have room for some megabytes
+    assert sum(map(len, call)) == 999 << 20
+    assert handlers.made == 1000
+
+
+def test_what_a_stream_had_answered_before_it_failed_arrives(server, caplog):
+    _, channel, _ = server
+    call = channel.stream_stream(f"/{SERVICE}/half")(iter(()), timeout=20)
+    answers = []
+    with pytest.raises(grpc.RpcError) as raised:
+        answers.extend(call)
+    assert raised.value.code() is grpc.StatusCode.UNKNOWN
+    assert answers == [b"%d" % number for number in range(40)]
+    assert "a secret" in caplog.text
+
+
+class Core:
+    """A call of the core's that was asked to read, and answers when it is told to."""
+
+    def __init__(self):
+        self.asked = []
+
+    def start_server_batch(self, operations, done):
+        self.asked.append(done)
+
+    def read(self, data):
+        operation = types.SimpleNamespace(message=lambda: data)
+        self.asked.pop(0)(types.SimpleNamespace(batch_operations=[operation]))
+
+
+@pytest.mark.parametrize(("size", "most"), [(10, 16), (30_000, 3), (1_000_000, 1)])
+def test_requests_are_read_ahead_as_far_as_there_is_room(size, most):
+    async def scenario():
+        core, inbox = Core(), Inbox()
+        inbox.loop = asyncio.get_running_loop()
+        requests = Requests(core, inbox, None)
+        await asyncio.sleep(0.01)
+        assert not core.asked  # nobody wants one
+        first = asyncio.create_task(anext(requests))
+        await asyncio.sleep(0.01)
+        for number in range(100):
+            assert len(core.asked) == 1
+            core.read(bytes([number]) * size)
+            await asyncio.sleep(0.001)
+            if not core.asked:
+                break
+        assert number == most  # and the one that was wanted
+        assert (await first)[0] == 0
+        for expected in range(1, most + 1):
+            assert (await anext(requests))[0] == expected
+            assert len(core.asked) == 1
+        core.read(None)
+        assert [data async for data in requests] == []
+        assert [data async for data in requests] == []
+        assert not core.asked
+
+    asyncio.run(scenario())
 
 
 def test_a_stream_that_is_left_is_closed_at_once(server):
