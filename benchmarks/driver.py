@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 UNARY, STREAM = (pb.RPCS[name].path for name in ("ModelInfer", "ModelStreamInfer"))
 GRACE_S = 10.0  # how long answers are waited for when the time is over
 RETRY_S = 0.001  # until another try: gRPC core frees a stream a little after its end is seen
-MOST_TRIES = 100  # of a request that the server says it has not looked at
+TRIED_S = 5.0  # for so long a request is sent again that the server says it has not looked at
 _MOST_KNOWN = 1000  # answers to one request that are remembered as right
 
 OK = Status("OK")
@@ -70,7 +70,6 @@ class Record:
 class _Request(NamedTuple):
     start: float  # `perf_counter()`
     exchange: int  # its number
-    tries: int = 0  # before
 
 
 class _Lane:
@@ -164,10 +163,9 @@ class _Lane:
 
     def _try_again(self, request: _Request, status: Status) -> bool:
         """As gRPC's clients do with what the server has not looked at."""
-        if status is not UNPROCESSED or request.tries >= MOST_TRIES or self._driver.stopping:
+        if status is not UNPROCESSED or perf_counter() - request.start >= TRIED_S or self._driver.stopping:
             return False
-        again = request._replace(tries=request.tries + 1)
-        asyncio.get_running_loop().call_later(RETRY_S, self._send, again)
+        asyncio.get_running_loop().call_later(RETRY_S, self._send, request)
         return True
 
     def closing(self, connection: Connection) -> None:

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import openvino
 import pytest
 import torch
@@ -16,11 +17,12 @@ from serving.bundle import ARTEFACTS, GOLDEN, open_bundle
 from serving.client import Client
 from serving.errors import BundleError, DeviceError, StartupError
 from serving.parity import compare, compare_outputs, tolerance
-from trainer import artefacts, data, parity
+from trainer import artefacts, data, parity, precisions
 from trainer import checkpoint as checkpoints
 from trainer.__main__ import main
+from trainer.config import NetworkConfig
 from trainer.export import export
-from trainer.models import Deployed
+from trainer.models import Deployed, Network
 from trainer.precisions import calibration_images
 
 WITHOUT_COMPILER = {pair: name for pair, name in ARTEFACTS.items() if pair[0] != "aoti"}
@@ -199,6 +201,59 @@ def test_int8_alone_is_exported_without_the_file_it_was_made_from(checkpoint, sa
     assert [path.name for path in tmp_path.iterdir()] == ["model.int8.onnx"]
     with pytest.raises(ValueError, match="int8 needs training images to calibrate with"):
         artefacts.write(deployed, chosen, tmp_path, {})
+
+
+def answers(model, images):
+    return ort.InferenceSession(model.SerializeToString()).run(["logits"], {"image": images})[0]
+
+
+def test_the_first_convolution_of_int8_sums_whole_numbers_that_floats_are_exact_for(full):
+    model = onnx.load(full.path / "model.int8.onnx")
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    dark = constants["dark"]
+    weight, bias = (constants[name] for name in conv.input[1:])
+    for whole in (dark, weight, bias):
+        np.testing.assert_array_equal(whole, np.round(whole))
+    most = 255 * np.abs(weight).sum(axis=(1, 2, 3)) + np.abs(bias)
+    assert 2**23 < most.max() <= 2**24  # and as fine as that allows
+    after = [node.op_type for node in model.graph.node if node.op_type != "DequantizeLinear"]
+    assert after[:6] == ["Cast", "Sub", "Conv", "Relu", "MaxPool", "Mul"]
+
+
+def test_whole_numbers_change_nothing_but_the_edge(full, sample):
+    images = sample[1].images.numpy()
+    model = onnx.load(full.path / "model.onnx")
+    before = answers(model, images)
+    assert len(precisions.exact_first_convolution(model)) == 4
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_allclose(answers(model, images), before, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"network": "mlp"}, []),
+        ({"activation": "leaky-relu"}, ["Conv", "MaxPool", "LeakyRelu", "Mul"]),
+        ({"activation": "gelu"}, ["Conv", "MaxPool", "Mul"]),
+        ({"convs": 2, "padding": "same", "batch_norm": True}, ["Conv", "Relu", "Mul"]),
+    ],
+    ids=["mlp", "leaky-relu", "gelu", "two convolutions"],
+)
+def test_int8_files_of_other_networks_answer_nearly_alike(options, kept, sample, tmp_path):
+    torch.manual_seed(0)
+    network = Network(NetworkConfig(**options), mean=72.94, std=90.02)
+    images = sample[1].images.numpy()
+    artefacts.write(Deployed(network).eval(), artefacts.choose(["onnx"], ["fp32"]), tmp_path, {})
+    model = onnx.load(tmp_path / "model.onnx")
+    before = answers(model, images)
+    names = precisions.exact_first_convolution(model)
+    kinds = {node.name: node.op_type for node in model.graph.node}
+    assert [kinds[name] for name in names] == kept
+    np.testing.assert_allclose(answers(model, images), before, atol=5e-3)
+    precisions.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", sample[0].images)
+    after = answers(onnx.load(tmp_path / "int8.onnx"), images)
+    assert np.abs(after - before).max() < 0.1 * np.ptp(before)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler")

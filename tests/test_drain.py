@@ -187,6 +187,16 @@ def test_a_second_signal_ends_the_waiting(repository):
     assert "Traceback" not in log
 
 
+@pytest.fixture
+def own_signals():
+    """A server in this process may handle signals: what did before it does again afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_server_asked_to_stop_while_it_starts_ends_quietly(repository, monkeypatch, caplog, fails):
     """Whether or not its start would have come to something."""

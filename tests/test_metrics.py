@@ -302,7 +302,14 @@ def test_a_stream_counts_what_is_refused_and_what_its_caller_left_once(held, pre
             channel.unary_unary(oip.RPCS["ModelInfer"].path)(infer_request(1))
             backend.released.clear()
         before = scrape(metrics).one("parityserve_requests_total", outcome="success")
-        call = channel.stream_stream(oip.RPCS["ModelStreamInfer"].path)(iter([infer_request(1)] * 10))
+        backend.started.clear()
+
+        def requests():
+            yield infer_request(1)
+            assert backend.started.wait(PATIENCE_S)  # or more of them may run together
+            yield from [infer_request(1)] * 9
+
+        call = channel.stream_stream(oip.RPCS["ModelStreamInfer"].path)(requests())
         until(lambda: scrape(metrics).one("parityserve_requests_total", outcome="failure") == 4)
         assert scrape(metrics).one("parityserve_requests_dropped_total", reason="queue_full") == 4
         assert scrape(metrics).one("parityserve_stream_errors_total", code="RESOURCE_EXHAUSTED") == 4

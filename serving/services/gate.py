@@ -22,8 +22,9 @@ from serving.statistics import Rpcs
 
 STOPPING = "the server is stopping; try again, with another one"
 
-_QUIET_S = 0.05
-_ROUNDS = 20  # so many times that at most, for clients that do not mind being refused
+_ROUND_S = 0.05
+_QUIET = 4  # rounds without a call that end it, where calls came before
+_ROUNDS = 20  # that end it in any case: there are clients that do not mind being refused
 
 Request = TypeVar("Request")
 
@@ -83,10 +84,12 @@ class Gate(grpc.GenericRpcHandler):
         self.closed = True
         for requests in self._open:
             requests.cut()
+        quiet = 0
         for _ in range(_ROUNDS):
             refused = self._refused
-            await pause(_QUIET_S, hurry)
-            if self._refused == refused:
+            await pause(_ROUND_S, hurry)
+            quiet = quiet + 1 if self._refused == refused else 0
+            if hurry.is_set() or quiet == (_QUIET if self._refused else 1):
                 break
 
     def requests(self, source: AsyncIterator[bytes], parse: Callable[[bytes], Request]) -> Requests[Request]:
