@@ -171,7 +171,7 @@ def test_every_layer_of_a_whole_file_agrees(full_repository, sample, file):
     found = bisect.layers(bundle, file, sample[1].images[:20].numpy())
     assert bisect.first_failing(found) is None
     names = [layer.name for layer in found]
-    assert names[0] == "normalise"
+    assert names[0] == ("features.0" if "int8" in file else "normalise")  # int8 has that in its first convolution
     assert names[-1] == "logits"
     weighted = [(layer.name, layer.kind) for layer in found if layer.kind in ("Conv2d", "Linear")]
     assert weighted[:3] == [("features.0", "Conv2d"), ("features.3", "Conv2d"), ("classifier.1", "Linear")]
@@ -184,6 +184,7 @@ def test_every_layer_of_a_whole_file_agrees(full_repository, sample, file):
         ("model.onnx", "network.std", "normalise"),
         ("model.onnx", "network.features.3.bias", "features.3"),
         ("model.fp16.onnx", "network.classifier.1.bias", "classifier.1"),
+        ("model.int8.onnx", "network.features.0.weight_whole", "features.0"),
         ("model.int8.onnx", "network.features.3.weight_scale", "features.3"),
     ],
 )

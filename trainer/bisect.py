@@ -28,6 +28,7 @@ from serving.parity import Comparison, compare, layer_tolerance
 from trainer.artefacts import INPUT, LOGITS
 from trainer.models import Network
 from trainer.parity import reference
+from trainer.precisions import whole_values
 
 NORMALISE = "normalise"  # a step of the network that is no module: what its first layer gets
 _SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: modules from the outermost in, then the node itself, as a list
@@ -64,6 +65,7 @@ def layers(bundle: Bundle, file: str, images: npt.NDArray[np.uint8]) -> tuple[La
     except DecodeError as error:
         raise BundleError(f"{bundle.path / file}: not an ONNX file ({error}); export the model again") from error
     outputs = _outputs(model, network)
+    factors = whole_values(model)
     got = _run(model, outputs, images, f"{bundle.path / file}")
     precision = bundle.manifest.artefacts()[file][1]
     modules = dict(network.named_modules())
@@ -74,7 +76,7 @@ def layers(bundle: Bundle, file: str, images: npt.NDArray[np.uint8]) -> tuple[La
         flat = want[name].reshape(len(images), -1)
         comparison = compare(
             flat,
-            got[output].reshape(flat.shape).astype(np.float32),
+            got[output].reshape(flat.shape).astype(np.float32) * np.float32(factors.get(output, 1)),
             layer_tolerance(precision, "cpu", flat),
         )
         kind = type(modules[name]).__name__ if name in modules else ""

@@ -22,6 +22,7 @@ CALIBRATION_SEED = 0
 _BATCH = 100
 _FEW_CHANNELS = 3
 _EXACT = 2**24  # float32 has every whole number up to here
+_WHOLE_SCALE = "whole_scale"
 
 
 def write_fp16(source: Path, path: Path) -> None:
@@ -77,7 +78,8 @@ def exact_first_convolution(model: onnx.ModelProto) -> list[str]:
     Else a CPU that adds in another order would round some activation to another of its 256 steps, and the file would
     not answer on every CPU as it did when it was proved. Pixels and weights become whole numbers, and no sum is larger
     than 2^24, up to which floats are exact; one factor, after activation and pooling, brings them back to what they
-    were. It also keeps ONNX Runtime from pooling whole numbers, which it is slow at.
+    were. It also keeps ONNX Runtime from pooling whole numbers, which it is slow at. Where the convolution pads, the
+    edge is the mean rounded to a whole pixel.
 
     Args:
         model: begins with `(image - mean) / std`; changed in place.
@@ -92,7 +94,7 @@ def exact_first_convolution(model: onnx.ModelProto) -> list[str]:
         return []
     _, sub, div, conv = chain[:4]
     mean, std, weight = (constants[node.input[1]] for node in (sub, div, conv))
-    if mean.size > 1 or std.size > 1 or weight.ndim != 4 or weight.shape[1] > _FEW_CHANNELS:
+    if mean.size > 1 or std.size > 1 or weight.ndim != 4 or weight.shape[1] > _FEW_CHANNELS or not weight.any():
         return []
     bias = constants[conv.input[2]] if len(conv.input) > 2 else np.zeros(len(weight), np.float32)
     dark = np.round(mean)
@@ -106,10 +108,10 @@ def exact_first_convolution(model: onnx.ModelProto) -> list[str]:
         graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
         return name
 
-    sub.input[1] = constant("dark", dark)
+    sub.input[1] = constant("whole_mean", dark)
     conv.input[:] = [
         sub.output[0],
-        constant("whole_weight", np.round(weight / factor)),
+        constant(f"{conv.input[1]}_whole", np.round(weight / factor)),
         constant("whole_bias", np.round(bias / factor)),
     ]
     graph.node.remove(div)
@@ -117,13 +119,26 @@ def exact_first_convolution(model: onnx.ModelProto) -> list[str]:
     last = kept[-1]
     scaled = last.output[0]
     last.output[0] = f"{scaled}_whole"
-    scale = onnx.helper.make_node("Mul", [last.output[0], constant("whole_scale", factor)], [scaled], "whole_to_real")
+    scale = onnx.helper.make_node("Mul", [last.output[0], constant(_WHOLE_SCALE, factor)], [scaled], "whole_to_real")
     graph.node.insert(list(graph.node).index(last) + 1, scale)
     used = {name for node in graph.node for name in node.input}
     for unused in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(unused)
     del graph.value_info[:]
     return [node.name for node in (*kept, scale)]
+
+
+def whole_values(model: onnx.ModelProto) -> dict[str, float]:
+    """The values that are whole numbers by `exact_first_convolution` -> what to multiply them by."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    found: dict[str, float] = {}
+    for tensor in model.graph.initializer:
+        if tensor.name == _WHOLE_SCALE:
+            node = next(node for node in model.graph.node if _WHOLE_SCALE in node.input)
+            while node.op_type != "Conv":
+                found[node.input[0]] = float(numpy_helper.to_array(tensor))
+                node = producers[node.input[0]]
+    return found
 
 
 def _chain(graph: onnx.GraphProto, tensor: str) -> Iterator[onnx.NodeProto]:

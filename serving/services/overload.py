@@ -12,11 +12,10 @@ import time
 from serving import logs
 from serving.catalog import Catalog
 from serving.errors import STATUS, QueueFull
-from serving.loading import ServedModel
 from serving.rpc import Refusal
 from serving.services.gate import Gate
 from serving.services.statuses import trailing_metadata
-from serving.statistics import Rpcs
+from serving.statistics import Rpcs, Statistics
 
 _LEAST_BEHIND = 64  # events that may wait for the loop, however short the queue is
 _BEHIND_S = 0.1  # when to try again, where more do
@@ -44,7 +43,8 @@ class Overload:
         self._watched = bool(watched)
         behind = QueueFull("more calls wait than the server can come to (--max-queue); try again", _BEHIND_S)
         self._behind = self._refusal(behind, None)
-        self._full: tuple[ServedModel | None, float, Refusal] = (None, 0.0, self._behind)  # and what it was made for
+        # What it was made for, and it; no model, which would outlive its being replaced.
+        self._full: tuple[Statistics | None, float, Refusal] = (None, 0.0, self._behind)
         self._look_ns = 0  # when the loop should look at the queue again
 
     def refuse(self, events: int, calls: int) -> Refusal | None:
@@ -62,23 +62,25 @@ class Overload:
             self._look_ns = now_ns + _LOOK_NS
             return None
         served, error = found
-        if self._full[:2] != (served, error.retry_s):
-            self._full = (served, error.retry_s, self._refusal(error, served))
-        return self._full[2]
+        statistics, retry_s, refusal = self._full
+        if statistics is not served.statistics or retry_s != error.retry_s:
+            refusal = self._refusal(error, served.statistics)
+            self._full = (served.statistics, error.retry_s, refusal)
+        return refusal
 
-    def _refusal(self, error: QueueFull, served: ServedModel | None) -> Refusal:
+    def _refusal(self, error: QueueFull, statistics: Statistics | None) -> Refusal:
         details = str(error)
         return Refusal(
             _CODE,
             details,
             trailing_metadata(_CODE, details, error),
-            functools.partial(self._count, details, served),
+            functools.partial(self._count, details, statistics),
         )
 
-    def _count(self, details: str, served: ServedModel | None, method: str) -> None:
+    def _count(self, details: str, statistics: Statistics | None, method: str) -> None:
         """On the loop."""
         self._rpcs.ended[method[1:], _CODE.name] += 1
-        if served:
-            served.statistics.dropped("queue_full")
-            served.statistics.failed(time.monotonic_ns())
+        if statistics:
+            statistics.dropped("queue_full")
+            statistics.failed(time.monotonic_ns())
         logs.refused(_CODE.name, details, lambda: logs.about(method, "", ()))
