@@ -289,7 +289,8 @@ def test_calls_are_refused_while_the_loop_is_behind(read):
         probe = unary(channel, "nap").future(b"", timeout=60)
         handlers.unblock.set()
         errors = [error for call in calls if (error := call.exception())]
-        assert len(calls) - len(errors) >= 10
+        accepted = len(calls) - len(errors)
+        assert accepted >= 10 if read else accepted == 10  # a call counts as read a little after it came
         assert probe.result() == b"rested"
         assert first.result() == b"first"
         assert unary(channel, "echo")(b"again") == b"again"
@@ -320,10 +321,11 @@ def test_a_stream_makes_no_answers_that_its_client_does_not_take(server):
     handlers, channel, _ = server
     call = channel.stream_stream(f"/{SERVICE}/large")(iter(()), timeout=60)
     next(call)
-    time.sleep(1)
-    made = handlers.made
-    time.sleep(0.5)
-    assert handlers.made == made < 100  # gRPC's own windows have room for some megabytes
+    made = 0
+    while handlers.made != made:
+        made = handlers.made
+        time.sleep(0.5)
+    assert made < 100  # gRPC's own windows have room for some megabytes
     assert sum(map(len, call)) == 999 << 20
     assert handlers.made == 1000
 

@@ -13,14 +13,13 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # types-grpcio has none of it
 
 from serving.rpc.inbox import Inbox
-from serving.rpc.stream import Answers, Requests
+from serving.rpc.stream import NO_FLAGS, Answers, Requests
 
 logger = logging.getLogger(__name__)
 
 Metadata = Sequence[tuple[str, str | bytes]]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-NO_FLAGS = 0
 _NEVER_S = 1e12  # 30,000 years: a deadline after that is none
 
 
@@ -177,7 +176,9 @@ class Call:
 
     async def _unary(self, handler: Handler) -> None:
         answer: Callable[[Any, Call], Awaitable[Any]] = handler.unary_unary  # type: ignore[assignment]  # of threads
-        event, self._first = self._first or await self._perform(cygrpc.ReceiveMessageOperation(NO_FLAGS)), None
+        event, self._first = self._first, None  # or the request would be kept as long as the call
+        if event is None:
+            event = await self._perform(cygrpc.ReceiveMessageOperation(NO_FLAGS))
         if (data := event.batch_operations[0].message()) is None:
             await self.abort(grpc.StatusCode.UNIMPLEMENTED, f"{self.details.method} needs one request, got none")
         request = handler.request_deserializer(data) if handler.request_deserializer else data

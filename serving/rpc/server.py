@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # types-grpcio has none of it
 
-from serving.rpc.call import NO_FLAGS, Call, CallDetails, Handler, Metadata, nothing
+from serving.rpc.call import Call, CallDetails, Handler, Metadata, nothing
 from serving.rpc.inbox import Inbox
+from serving.rpc.stream import NO_FLAGS
 
 logger = logging.getLogger(__name__)
 

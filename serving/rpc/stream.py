@@ -12,7 +12,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # types-grpcio ha
 
 from serving.rpc.inbox import Inbox
 
-_NO_FLAGS = 0
+NO_FLAGS = 0
 _AHEAD = 16  # messages that may wait, each way
 _AHEAD_BYTES = 1 << 16  # one more is read while those that wait are fewer
 
@@ -58,7 +58,7 @@ class Requests:
         return len(self._read) < _AHEAD and self._bytes_in - self._bytes_out < _AHEAD_BYTES
 
     def _receive(self) -> None:
-        self._core.start_server_batch((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), self._received)
+        self._core.start_server_batch((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._received)
 
     def _received(self, event: Any) -> None:
         """On the pump."""
@@ -120,7 +120,7 @@ class Answers:
                 self._sender = None
 
     def _start(self, data: bytes) -> None:
-        send = cygrpc.SendMessageOperation(data, _NO_FLAGS)
+        send = cygrpc.SendMessageOperation(data, NO_FLAGS)
         self._core.start_server_batch((*self._beginning(), send), self._sent)
 
     def _sent(self, event: Any) -> None:
