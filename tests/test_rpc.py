@@ -141,7 +141,7 @@ def test_a_handler_is_told_who_asks_and_until_when(server):
     assert data == b"hello"
     assert ("who", "me") in [tuple(pair) for pair in metadata]
     assert peer.startswith("ipv4:127.0.0.1:")
-    assert 40 < remaining <= 50
+    assert 40 < remaining <= 50.2  # gRPC rounds so long a timeout up to the next tenth of a second
     assert none is None
 
 
