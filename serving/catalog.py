@@ -1,7 +1,7 @@
 """What is served and what is not: every version as it stands, and which of them answers a request.
 
-Requests are answered on the event loop, which reads without a lock while other threads change what is served: a model's
-entry is replaced as a whole.
+Who answers requests reads without a lock, on any thread, while others change what is served: a model's entry is
+replaced as a whole.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ class Catalog:
         if served := self._only():
             start_ns = time.monotonic_ns()
             try:
-                served.scheduler.queue.check()
+                served.scheduler.check_room()
             except QueueFull:
                 served.statistics.failed(start_ns)
                 raise
 
     def refusal(self, coming: int) -> tuple[ServedModel, QueueFull] | None:
-        """What `check_room` would raise when `coming` more requests wait, and for which version; as `Queue.refusal`."""
-        if (served := self._only()) and (error := served.scheduler.queue.refusal(coming)):
+        """What `check_room` would raise when `coming` more requests wait, and for which version; from any thread."""
+        if (served := self._only()) and (error := served.scheduler.refusal(coming)):
             return served, error
         return None
 

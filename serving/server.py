@@ -25,10 +25,12 @@ from serving.repository import UNLOADED, Repository, State
 from serving.security import TokenGuard, tls
 from serving.services import handler
 from serving.services.classifier import ClassifierService
+from serving.services.direct import Direct
 from serving.services.gate import Gate, pause
 from serving.services.health import HealthService
 from serving.services.open_inference import OpenInferenceService
 from serving.services.overload import Overload
+from serving.services.prepared import PreparedRequests
 from serving.snapshot import Snapshot, collect
 from serving.statistics import Rpcs
 
@@ -76,15 +78,20 @@ class Server:
         self._tls = tls(config)
         self._guard = TokenGuard(config.token_file) if config.token_file else None
         self._tracing = _tracing(config)
-        overload = Overload(self.repository, self._rpcs, self._gate, config.max_queue, self._guard or self._tracing)
+        watched = bool(self._guard or self._tracing)
+        overload = Overload(self.repository, self._rpcs, self._gate, config.max_queue, watched)
+        prepared = PreparedRequests(self.repository)
         self._server = rpc.Server(
             [source.intercept for source in (self._guard, self._tracing) if source],
             transport.options(config, shared_port=member is not None),
             () if self._guard else _INFERENCE,
             rpc.Limit(_INFERENCE, overload.refuse),
+            None
+            if watched or config.log_requests == "all"
+            else Direct(prepared, self._rpcs, self._gate, config.max_message_bytes).begin,
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
-        open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control)
+        open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control, prepared)
         shared = (self._rpcs, self._gate, config)
         self._server.add_generic_rpc_handlers(
             (

@@ -1,17 +1,18 @@
 """What a served version has done, counted as Triton's statistics extension counts it, and how RPCs ended.
 
-All of it can be pickled, and that of several processes merged.
+Any thread counts. All of it can be pickled, and that of several processes merged.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 # 100 us to 10 s in steps of 1, 2, 5.
 DURATION_BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
@@ -86,13 +87,24 @@ class BatchStatistics:
     compute_output: Duration = field(default_factory=Duration)
 
 
+class _Locked:
+    """Has a lock, and is pickled without it."""
+
+    lock: threading.Lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.Lock())
+
+
 @dataclass
-class Statistics:
+class Statistics(_Locked):
     """Of one version since it was loaded.
 
     For every request that succeeded, queue + compute_input + compute_infer + compute_output is exactly success.
-    The event loop alone counts, so nothing needs a lock. Another thread may read with `merge`; what it gets may have a
-    request in some fields and not yet in others, but no field of it ever falls.
+    While it is counted, `merge` is what reads it.
     """
 
     success: Histogram = field(default_factory=Histogram)  # from the decoding of the request to the encoded answer
@@ -105,6 +117,7 @@ class Statistics:
     batches: dict[int, BatchStatistics] = field(default_factory=dict)  # by the number of rows
     last_inference_ms: int = 0  # since 1970
     drops: Counter[str] = field(default_factory=Counter)  # by reason
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def inference_count(self) -> int:
@@ -118,64 +131,85 @@ class Statistics:
 
     def executed(self, rows: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
         """Count one run of the model."""
-        batch = self.batches.get(rows)
-        if batch is None:
-            batch = self.batches[rows] = BatchStatistics()
-        batch.compute_input.add(input_ns)
-        batch.compute_infer.add(infer_ns)
-        batch.compute_output.add(output_ns)
-        self.runs.add(input_ns + infer_ns + output_ns)
-        self.last_inference_ms = time.time_ns() // 1_000_000
+        with self.lock:
+            batch = self.batches.get(rows)
+            if batch is None:
+                batch = self.batches[rows] = BatchStatistics()
+            batch.compute_input.add(input_ns)
+            batch.compute_infer.add(infer_ns)
+            batch.compute_output.add(output_ns)
+            self.runs.add(input_ns + infer_ns + output_ns)
+            self.last_inference_ms = time.time_ns() // 1_000_000
 
     def dropped(self, reason: DropReason) -> None:
         """Count a request that the model was not run for; it has to be counted by `failed` too."""
-        self.drops[reason] += 1
+        with self.lock:
+            self.drops[reason] += 1
 
     def succeeded(self, start_ns: int, stages: Stages) -> None:
         """Count a request that began to be decoded at `start_ns`, of `time.monotonic_ns()`, and is encoded now."""
         end_ns = time.monotonic_ns()
-        self.success.add(end_ns - start_ns)
-        self.queue.add(stages.taken_ns - stages.queued_ns)
-        self.compute_input_ns += stages.queued_ns - start_ns + stages.assembled_ns - stages.taken_ns
-        self.compute_infer_ns += stages.computed_ns - stages.assembled_ns
-        self.compute_output_ns += end_ns - stages.computed_ns
+        with self.lock:
+            self.success.add(end_ns - start_ns)
+            self.queue.add(stages.taken_ns - stages.queued_ns)
+            self.compute_input_ns += stages.queued_ns - start_ns + stages.assembled_ns - stages.taken_ns
+            self.compute_infer_ns += stages.computed_ns - stages.assembled_ns
+            self.compute_output_ns += end_ns - stages.computed_ns
         if (observe := observer.get()) is not None:
             observe(start_ns, stages, end_ns)
 
+    def include(self, other: Statistics) -> None:
+        """Count all that another has counted, which must not change meanwhile."""
+        self.success.include(other.success)
+        self.fail.include(other.fail)
+        self.queue.include(other.queue)
+        self.compute_input_ns += other.compute_input_ns
+        self.compute_infer_ns += other.compute_infer_ns
+        self.compute_output_ns += other.compute_output_ns
+        self.runs.include(other.runs)
+        for rows, batch in other.batches.items():
+            to = self.batches.setdefault(rows, BatchStatistics())
+            to.compute_input.include(batch.compute_input)
+            to.compute_infer.include(batch.compute_infer)
+            to.compute_output.include(batch.compute_output)
+        self.last_inference_ms = max(self.last_inference_ms, other.last_inference_ms)
+        self.drops.update(other.drops)
+
     def failed(self, start_ns: int) -> None:
         """Count a request that began to be decoded at `start_ns` and was refused."""
-        self.fail.add(time.monotonic_ns() - start_ns)
+        with self.lock:
+            self.fail.add(time.monotonic_ns() - start_ns)
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """What all of them have counted together, which shares nothing with them: that of one is a copy."""
     whole = Statistics()
     for part in parts:
-        whole.success.include(part.success)
-        whole.fail.include(part.fail)
-        whole.queue.include(part.queue)
-        whole.compute_input_ns += part.compute_input_ns
-        whole.compute_infer_ns += part.compute_infer_ns
-        whole.compute_output_ns += part.compute_output_ns
-        whole.runs.include(part.runs)
-        for rows, batch in part.batches.copy().items():
-            to = whole.batches.setdefault(rows, BatchStatistics())
-            to.compute_input.include(batch.compute_input)
-            to.compute_infer.include(batch.compute_infer)
-            to.compute_output.include(batch.compute_output)
-        whole.last_inference_ms = max(whole.last_inference_ms, part.last_inference_ms)
-        whole.drops.update(part.drops.copy())
+        with part.lock:
+            whole.include(part)
     return whole
 
 
 @dataclass
-class Rpcs:
-    """How the RPCs of one server ended, by full method name and status code. Touched by the event loop alone."""
+class Rpcs(_Locked):
+    """How the RPCs of one server ended, by full method name and status code."""
 
     ended: Counter[tuple[str, str]] = field(default_factory=Counter)
     stream_errors: Counter[tuple[str, str]] = field(default_factory=Counter)  # answers within streams that are errors
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def call_ended(self, method: str, code: str) -> None:
+        """Count a call, by service/method and the name of its status."""
+        with self.lock:
+            self.ended[method, code] += 1
+
+    def stream_error(self, method: str, code: str) -> None:
+        """Count an answer within a stream that is an error."""
+        with self.lock:
+            self.stream_errors[method, code] += 1
 
     def include(self, other: Rpcs) -> None:
         """Count all that another has counted; may be one that a running server counts with."""
-        self.ended.update(other.ended.copy())
-        self.stream_errors.update(other.stream_errors.copy())
+        with other.lock:
+            self.ended.update(other.ended)
+            self.stream_errors.update(other.stream_errors)

@@ -271,10 +271,11 @@ def test_an_interceptor_answers_before_anything_is_read():
 
 @pytest.mark.parametrize("read", [False, True])
 def test_calls_are_refused_while_the_loop_is_behind(read):
-    told = []
-    refusal = rpc.Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", (("hint-bin", b"\x02"),), told.append)
+    asked = []
+    refusal = rpc.Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", (("hint-bin", b"\x02"),))
 
-    def refuse(events, calls):
+    def refuse(method, events, calls):
+        asked.append(method)
         return refusal if (calls if read else events) >= 10 else None
 
     method = f"/{SERVICE}/echo"
@@ -294,9 +295,47 @@ def test_calls_are_refused_while_the_loop_is_behind(read):
         assert probe.result() == b"rested"
         assert first.result() == b"first"
         assert unary(channel, "echo")(b"again") == b"again"
-        wait_until(lambda: told == [method] * len(errors))
+    assert asked == [method] * (len(calls) + 1)
     assert {(error.code(), error.details()) for error in errors} == {(refusal.code, "too many")}
     assert all(("hint-bin", b"\x02") in [tuple(pair) for pair in error.trailing_metadata()] for error in errors)
+
+
+def test_a_call_may_be_answered_without_the_loop(caplog):
+    seen = []
+
+    def direct(data, call):
+        """Answers on a thread of its own; leaves a call without a request's bytes to the handlers."""
+        if data == b"fails":
+            raise ValueError("a secret")
+        if data == b"waits":
+            seen.append(call)
+        elif data == b"refused":
+            threading.Thread(target=call.fail, args=(grpc.StatusCode.NOT_FOUND, "no", (("hint-bin", b"1"),))).start()
+        elif data:
+            threading.Thread(target=call.end, args=(data + call.details.method.encode(),)).start()
+        return bool(data)
+
+    handlers, method = Handlers(), f"/{SERVICE}/echo"
+    with served(handlers, read_first=[method], direct=direct) as (channel, _):
+        assert unary(channel, "echo")(b"direct ", timeout=10) == b"direct " + method.encode()
+        assert unary(channel, "echo")(b"", timeout=10) == b""
+        assert unary(channel, "nap")(b"asked first", timeout=10) == b"rested"
+        with pytest.raises(grpc.RpcError) as raised:
+            unary(channel, "echo")(b"refused", timeout=10)
+        assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.NOT_FOUND, "no")
+        assert ("hint-bin", b"1") in [tuple(pair) for pair in raised.value.trailing_metadata()]
+        with pytest.raises(grpc.RpcError) as raised:
+            unary(channel, "echo")(b"fails", timeout=10)
+        assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.UNKNOWN, "internal error")
+        assert "a secret" in caplog.text
+        leaving = unary(channel, "echo").future(b"waits", timeout=10)
+        wait_until(lambda: seen)
+        assert not seen[0].cancelled()
+        leaving.cancel()
+        wait_until(lambda: seen[0].cancelled())
+        seen[0].end(b"too late")
+        assert unary(channel, "echo")(b"goes on ", timeout=10) == b"goes on " + method.encode()
+    assert [data for data, *_ in handlers.seen] == [b""]
 
 
 def test_an_interceptor_that_fails_ends_the_call(caplog):

@@ -5,13 +5,13 @@ import gc
 import threading
 import time
 import weakref
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from serving.errors import DeadlineExceeded, QueueFull, Unavailable
-from serving.scheduler import Limits, Queue, Request, Scheduler
+from serving.request_queue import Limits, Queue, Request, Withdrawn
+from serving.scheduler import Scheduler
 from serving.statistics import Statistics
 
 
@@ -248,12 +248,26 @@ class Clock:
         return self.now
 
 
+class Asker:
+    """Asked something, may leave, and is told of one answer."""
+
+    left = False
+    told = None
+
+    def gone(self):
+        return self.left
+
+    def answered(self, request):
+        assert self.told is None
+        self.told = request
+
+
 def waiting(queue, clock, *values, deadline_ns=float("inf")):
-    """A request that waits in the queue."""
-    request = Request(rows(*values), len(values), deadline_ns, clock())
-    request.future = Future()
+    """Who waits for an answer, and the request that waits in the queue."""
+    asker = Asker()
+    request = Request(rows(*values), len(values), deadline_ns, clock(), asker)
     queue.add(request)
-    return request
+    return asker, request
 
 
 def queue_with(clock, **limits):
@@ -290,10 +304,13 @@ def test_deadlines_are_kept_to_the_nanosecond_and_counted():
     clock.now = 1000
     with pytest.raises(DeadlineExceeded, match="the deadline passed before the model ran"):
         waiting(queue, clock, 1, deadline_ns=1000)
-    late, good = waiting(queue, clock, 2, deadline_ns=2000), waiting(queue, clock, 3, deadline_ns=2001)
+    late, request = waiting(queue, clock, 2, deadline_ns=2000)
+    good, other = waiting(queue, clock, 3, deadline_ns=2001)
     clock.now = 2000
-    assert queue.take().requests == [good]
-    assert isinstance(late.future.exception(), DeadlineExceeded)
+    assert queue.take().requests == [other]
+    assert late.told is request
+    assert isinstance(request.error, DeadlineExceeded)
+    assert good.told is None
     assert statistics.drops == {"expired": 2}
 
 
@@ -314,10 +331,13 @@ def test_the_queue_is_bounded_by_bytes_too_and_says_when_to_try_again():
 def test_who_left_and_who_is_late_make_room_when_it_is_needed():
     clock = Clock()
     queue, statistics = queue_with(clock, max_queue=2)
-    waiting(queue, clock, 1).future.cancel()
+    leaver, left = waiting(queue, clock, 1)
+    leaver.left = True
     waiting(queue, clock, 2, deadline_ns=10)
     clock.now = 10
-    first, second = waiting(queue, clock, 3), waiting(queue, clock, 4)
+    (_, first), (_, second) = waiting(queue, clock, 3), waiting(queue, clock, 4)
+    assert leaver.told is left
+    assert isinstance(left.error, Withdrawn)
     assert statistics.drops == {"cancelled": 1, "expired": 1}
     batch = queue.take()
     assert batch.requests == [first, second]

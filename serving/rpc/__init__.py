@@ -11,7 +11,7 @@ this one; nothing outside this package knows of it, and the versions of grpcio t
 pyproject.toml.
 """
 
-from serving.rpc.call import Aborted, Call, CallDetails, Handler
+from serving.rpc.call import Aborted, Call, CallDetails, Direct, Handler
 from serving.rpc.server import Find, Limit, Refusal, Server
 
-__all__ = ["Aborted", "Call", "CallDetails", "Find", "Handler", "Limit", "Refusal", "Server"]
+__all__ = ["Aborted", "Call", "CallDetails", "Direct", "Find", "Handler", "Limit", "Refusal", "Server"]

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 Metadata = Sequence[tuple[str, str | bytes]]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Direct: TypeAlias = "Callable[[bytes, Call], bool]"
 
 _NEVER_S = 1e12  # 30,000 years: a deadline after that is none
 
@@ -43,6 +44,10 @@ class Host(Protocol):
     calls_run: int
 
     @property
+    def direct(self) -> Direct | None:
+        """What may see to a call that was read first."""
+
+    @property
     def find(self) -> Callable[[CallDetails], Handler | None]:
         """What finds the handler."""
 
@@ -59,6 +64,7 @@ class Call:
         "_core",
         "_deadline",
         "_details",
+        "_direct",
         "_first",
         "_gone",
         "_server",
@@ -73,6 +79,7 @@ class Call:
         self._server = server
         self._core = event.call
         self._deadline: float = event.call_details.deadline  # seconds since 1970
+        self._direct = False  # whether no handler hears of it
         self._first: Any = None  # the event that has the first request, where the pump has read it
         self._task: asyncio.Task[None] | None = None
         self._answers: Answers | None = None  # of a stream
@@ -116,6 +123,11 @@ class Call:
         """End with these metadata."""
         self._trailing = trailing_metadata
 
+    def fail(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata) -> None:
+        """End the call with this status, where no handler does: from any thread."""
+        self._code, self._details, self._trailing = code, details, trailing_metadata
+        self.end()
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         """End the call with this status, and the handler with an exception."""
         self._code, self._details, self._trailing = code, details, trailing_metadata
@@ -132,8 +144,26 @@ class Call:
             self._server.inbox.tell(self._run, None)
 
     def _read(self, event: Any) -> None:
+        direct = self._server.direct
+        if direct and not self._gone and (data := event.batch_operations[0].message()) is not None:
+            self._direct = self._seen_to(direct, data)
+            if self._direct:
+                return
         self._server.calls_told += 1
         self._server.inbox.tell(self._run_first, event)
+
+    def _seen_to(self, direct: Direct, data: bytes) -> bool:
+        try:
+            return direct(data, self)
+        except Exception:
+            self._failed()
+            self.end()
+            return True
+
+    def _failed(self) -> None:
+        """In the handling of an exception that was not foreseen."""
+        logger.exception("unexpected error in %s", self.details.method)
+        self._code, self._details = grpc.StatusCode.UNKNOWN, "internal error"
 
     def _run_first(self, event: Any) -> None:
         self._server.calls_run += 1
@@ -141,11 +171,12 @@ class Call:
 
     def _closed(self, event: Any) -> None:
         if event.batch_operations[0].cancelled():
-            self._server.inbox.tell(self._leave, None)
+            self._gone = True
+            if not self._direct:
+                self._server.inbox.tell(self._leave)
 
     def _leave(self, _: None) -> None:
         """On the loop: nobody waits for the answer any more."""
-        self._gone = True
         if self._task:
             self._task.cancel()
 
@@ -168,11 +199,10 @@ class Call:
         except Aborted:
             pass
         except Exception:
-            logger.exception("unexpected error in %s", self.details.method)
-            self._code, self._details = grpc.StatusCode.UNKNOWN, "internal error"
+            self._failed()
         if self._answers:
             await self._answers.sent()
-        self._end()
+        self.end()
 
     async def _unary(self, handler: Handler) -> None:
         answer: Callable[[Any, Call], Awaitable[Any]] = handler.unary_unary  # type: ignore[assignment]  # of threads
@@ -182,7 +212,7 @@ class Call:
         if (data := event.batch_operations[0].message()) is None:
             await self.abort(grpc.StatusCode.UNIMPLEMENTED, f"{self.details.method} needs one request, got none")
         request = handler.request_deserializer(data) if handler.request_deserializer else data
-        self._end(_encoded(await answer(request, self), handler))
+        self.end(_encoded(await answer(request, self), handler))
 
     async def _stream(self, handler: Handler) -> None:
         answer: Callable[[Requests, Call], Any] = handler.stream_stream  # type: ignore[assignment]  # of threads
@@ -213,8 +243,8 @@ class Call:
         self._core.start_server_batch(operations, done)
         return future
 
-    def _end(self, answer: bytes | None = None) -> None:
-        """Send the status, after the answer where there is one. Nobody waits until it is sent."""
+    def end(self, answer: bytes | None = None) -> None:
+        """Send the status, after the answer where there is one. From any thread; nobody waits until it is sent."""
         send = () if answer is None else (cygrpc.SendMessageOperation(answer, NO_FLAGS),)
         number: int = self._code.value[0]
         status = cygrpc.SendStatusFromServerOperation(self._trailing, number, self._details.encode(), NO_FLAGS)

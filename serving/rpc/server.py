@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # types-grpcio has none of it
 
-from serving.rpc.call import Call, CallDetails, Handler, Metadata, nothing
+from serving.rpc.call import Call, CallDetails, Direct, Handler, Metadata, nothing
 from serving.rpc.inbox import Inbox
 from serving.rpc.stream import NO_FLAGS
 
@@ -22,7 +21,6 @@ Find = Callable[[CallDetails], "Handler | None"]
 Interceptor = Callable[[CallDetails, Find], "Handler | None"]
 
 _ASKED = 32  # calls that the core may hand over at once
-_COUNTED_S = 0.01  # refused calls are counted so late: to wake the loop for each would cost more than to refuse it
 
 
 class Refusal(NamedTuple):
@@ -31,14 +29,13 @@ class Refusal(NamedTuple):
     code: grpc.StatusCode
     details: str
     trailing_metadata: Metadata
-    counted: Callable[[str], None]  # told the method, on the loop
 
 
 class Limit(NamedTuple):
     """Which calls are refused on the pump: what the loop does not hear of costs it nothing."""
 
     methods: Collection[str]  # `/service/method`; other calls wait as long as it takes
-    refuse: Callable[[int, int], Refusal | None]  # asked for each, on the pump, with what `Server.waiting` gives
+    refuse: Callable[[str, int, int], Refusal | None]  # asked for each on the pump, with what `Server.waiting` gives
 
 
 class Server:
@@ -50,6 +47,7 @@ class Server:
         options: Sequence[tuple[str, int]] = (),
         read_first: Collection[str] = (),
         limit: Limit | None = None,
+        direct: Direct | None = None,
     ) -> None:
         """Not listening yet.
 
@@ -60,6 +58,9 @@ class Server:
             read_first: methods of one request, `/service/method`, that are read before a handler is looked for: one
                 hand-over less. What could be refused unread should not be among them, save to save that time.
             limit: what is refused before the loop hears of it.
+            direct: asked on the pump for each call that was read first, with its request. True: the call will be ended
+                by `Call.end` or `Call.fail`, on whichever thread, and no interceptor or handler hears of it. Must not
+                block.
         """
         self.inbox = Inbox()
         self.find: Find = self._find
@@ -75,8 +76,7 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
         self._pump = threading.Thread(target=self._poll, name="grpc-pump", daemon=True)
         self._limit = limit
-        self._refused: deque[tuple[Refusal, str]] = deque()  # that are not counted yet, and their methods
-        self._counting = False  # whether they will be
+        self.direct = direct
         self._asking = threading.Lock()  # the core fails when it is asked for a call after its shutdown
         self._stopping = False
         self._stopped = asyncio.Event()
@@ -153,33 +153,10 @@ class Server:
         self._ask()
         method = event.call_details.method.decode()
         limit = self._limit
-        if limit and method in limit.methods and (refusal := limit.refuse(*self.waiting())):
-            self._refuse(event.call, refusal, method)
+        if limit and method in limit.methods and (refusal := limit.refuse(method, *self.waiting())):
+            _refuse(event.call, refusal)
         else:
             Call(self, event, method).begin(read=method in self._read_first)
-
-    def _refuse(self, core: Any, refusal: Refusal, method: str) -> None:
-        """On the pump: end a call unread, with one event of the core and at most one for the loop."""
-        number, details = refusal.code.value[0], refusal.details.encode()
-        operations = (
-            cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),
-            cygrpc.SendInitialMetadataOperation((), NO_FLAGS),
-            cygrpc.SendStatusFromServerOperation(refusal.trailing_metadata, number, details, NO_FLAGS),
-        )
-        core.start_server_batch(operations, nothing)
-        self._refused.append((refusal, method))
-        if not self._counting:
-            self._counting = True
-            self.inbox.tell(self._count_soon)
-
-    def _count_soon(self, _: None) -> None:
-        self.inbox.loop.call_later(_COUNTED_S, self._count)
-
-    def _count(self) -> None:
-        self._counting = False  # what comes from here on tells again
-        while self._refused:
-            refusal, method = self._refused.popleft()
-            refusal.counted(method)
 
     def _ask(self) -> None:
         """Let the core hand over one more call."""
@@ -197,6 +174,17 @@ class Server:
             if found := handler.service(details):
                 return found
         return None
+
+
+def _refuse(core: Any, refusal: Refusal) -> None:
+    """On the pump: end a call unread, with one event of the core."""
+    number, details = refusal.code.value[0], refusal.details.encode()
+    operations = (
+        cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),
+        cygrpc.SendInitialMetadataOperation((), NO_FLAGS),
+        cygrpc.SendStatusFromServerOperation(refusal.trailing_metadata, number, details, NO_FLAGS),
+    )
+    core.start_server_batch(operations, nothing)
 
 
 def _around(interceptor: Interceptor, find: Find) -> Find:

@@ -192,7 +192,7 @@ class Rpc:
 
     def ended(self, code: str) -> None:
         """Count a call that ended with the status code named."""
-        self.rpcs.ended[self.name, code] += 1
+        self.rpcs.call_ended(self.name, code)
 
     def about(self, context: Context, data: bytes) -> logs.Fields:
         """What the log says of a call with this request."""

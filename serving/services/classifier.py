@@ -72,7 +72,7 @@ class ClassifierService:
             return pb.PredictStreamResponse(response=await self._predict(request, until))
         except Exception as error:
             code, details = to_status(error, lambda: logs.about(_STREAM, "", (), request.id))
-            self._rpcs.stream_errors[_STREAM, code.name] += 1
+            self._rpcs.stream_error(_STREAM, code.name)
             return pb.PredictStreamResponse(error=pb.Error(id=request.id, code=code.value[0], message=details))
 
     async def _predict(self, request: pb.PredictRequest, until: float) -> pb.PredictResponse:

@@ -72,7 +72,7 @@ class Gate(grpc.GenericRpcHandler):
             try:
                 self._check_room()
             except RequestError as error:
-                self._rpcs.ended[method[1:], errors.STATUS[type(error)].name] += 1
+                self._rpcs.call_ended(method[1:], errors.STATUS[type(error)].name)
                 return refusal(error, method)
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator
 
@@ -13,7 +14,7 @@ from serving.control import Control
 from serving.errors import InvalidArgument, NotFound, RequestError, Unavailable, Unimplemented
 from serving.repository import Repository, ServedModel, State
 from serving.services import Context, Pending, ask, deadline, in_bytes, in_order, parser
-from serving.services.prepared import PreparedRequests, stream_error
+from serving.services.prepared import Awaited, PreparedRequests, Streamed, stream_error
 from serving.statistics import Duration, Rpcs, Stages, Statistics
 from serving.tensors import TensorSpec
 from serving.versions import VersionPolicy
@@ -44,12 +45,19 @@ _NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled
 class OpenInferenceService:
     """The servicer; see `protos/open_inference.proto` for what each method promises."""
 
-    def __init__(self, repository: Repository, config: ServerConfig, rpcs: Rpcs, control: Control) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        config: ServerConfig,
+        rpcs: Rpcs,
+        control: Control,
+        prepared: PreparedRequests,
+    ) -> None:
         self._repository = repository
         self._config = config
         self._rpcs = rpcs
         self._control = control
-        self._prepared = PreparedRequests(repository)
+        self._prepared = prepared
         self._policy = VersionPolicy.parse(config.version_policy)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
@@ -94,7 +102,7 @@ class OpenInferenceService:
     async def ModelInfer(self, data: bytes, context: Context) -> bytes:
         """Run a model."""
         until = deadline(context)
-        if (running := self._prepared.submit(data, until)) is not None:
+        if (running := self._prepared.submit(data, until, Awaited)) is not None:
             return await running
         return (await self._infer(data, _parse(data), until)).SerializeToString()
 
@@ -105,8 +113,8 @@ class OpenInferenceService:
 
         def begin(data: bytes) -> Pending[bytes]:
             try:
-                if (running := self._prepared.submit(data, until)) is not None:
-                    return running.in_stream(self._rpcs)
+                if running := self._prepared.submit(data, until, functools.partial(Streamed, data, self._rpcs)):
+                    return running
             except RequestError as error:
                 refused: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
                 refused.set_result(stream_error(_parse(data), error, self._rpcs).SerializeToString())

@@ -1,12 +1,11 @@
 """What is refused before the event loop hears of it, while more is asked than the server can answer.
 
 To tell the loop of a call costs several times what it costs to refuse it, and would leave no time for the requests that
-were accepted. So this is asked on gRPC's thread; what it needs to know, the loop has found out.
+were accepted. So this is asked on gRPC's thread.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 
 from serving import logs
@@ -15,11 +14,10 @@ from serving.errors import STATUS, QueueFull
 from serving.rpc import Refusal
 from serving.services.gate import Gate
 from serving.services.statuses import trailing_metadata
-from serving.statistics import Rpcs, Statistics
+from serving.statistics import Rpcs
 
 _LEAST_BEHIND = 64  # events that may wait for the loop, however short the queue is
 _BEHIND_S = 0.1  # when to try again, where more do
-_LOOK_NS = 10_000_000  # the loop is told of one call in so long all the same
 _CODE = STATUS[QueueFull]
 
 
@@ -42,45 +40,39 @@ class Overload:
         self._most_behind = max(max_queue, _LEAST_BEHIND)
         self._watched = bool(watched)
         behind = QueueFull("more calls wait than the server can come to (--max-queue); try again", _BEHIND_S)
-        self._behind = self._refusal(behind, None)
-        # What it was made for, and it; no model, which would outlive its being replaced.
-        self._full: tuple[Statistics | None, float, Refusal] = (None, 0.0, self._behind)
-        self._look_ns = 0  # when the loop should look at the queue again
+        self._behind = _refusal(behind)
+        self._full = (str(behind), behind.retry_s, self._behind)  # the last one's text and time, and what it came to
 
-    def refuse(self, events: int, calls: int) -> Refusal | None:
-        """How a call ends at once, where it must. On gRPC's thread.
+    def refuse(self, method: str, events: int, calls: int) -> Refusal | None:
+        """How a call ends at once, where it must, which is then counted. On gRPC's thread.
 
         Args:
+            method: `/service/method`.
             events: that wait for the loop.
             calls: of them; they will need room in the queue.
         """
         if events >= self._most_behind:
-            return self._behind
-        if self._watched or self._gate.closed or (found := self._catalog.refusal(calls)) is None:
+            return self._counted(method, self._behind)
+        if self._watched or self._gate.closed:
             return None
-        if (now_ns := time.monotonic_ns()) >= self._look_ns:  # it may find requests there that nobody waits for
-            self._look_ns = now_ns + _LOOK_NS
+        start_ns = time.monotonic_ns()
+        if (found := self._catalog.refusal(calls)) is None:
             return None
         served, error = found
-        statistics, retry_s, refusal = self._full
-        if statistics is not served.statistics or retry_s != error.retry_s:
-            refusal = self._refusal(error, served.statistics)
-            self._full = (served.statistics, error.retry_s, refusal)
+        served.statistics.dropped("queue_full")
+        served.statistics.failed(start_ns)
+        text, retry_s, refusal = self._full
+        if text != str(error) or retry_s != error.retry_s:
+            refusal = _refusal(error)
+            self._full = (refusal.details, error.retry_s, refusal)
+        return self._counted(method, refusal)
+
+    def _counted(self, method: str, refusal: Refusal) -> Refusal:
+        self._rpcs.call_ended(method[1:], _CODE.name)
+        logs.refused(_CODE.name, refusal.details, lambda: logs.about(method, "", ()))
         return refusal
 
-    def _refusal(self, error: QueueFull, statistics: Statistics | None) -> Refusal:
-        details = str(error)
-        return Refusal(
-            _CODE,
-            details,
-            trailing_metadata(_CODE, details, error),
-            functools.partial(self._count, details, statistics),
-        )
 
-    def _count(self, details: str, statistics: Statistics | None, method: str) -> None:
-        """On the loop."""
-        self._rpcs.ended[method[1:], _CODE.name] += 1
-        if statistics:
-            statistics.dropped("queue_full")
-            statistics.failed(time.monotonic_ns())
-        logs.refused(_CODE.name, details, lambda: logs.about(method, "", ()))
+def _refusal(error: QueueFull) -> Refusal:
+    details = str(error)
+    return Refusal(_CODE, details, trailing_metadata(_CODE, details, error))

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from asyncio import Future
-from collections.abc import Generator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from protos import open_inference as pb
 from serving import logs
 from serving.errors import RequestError
 from serving.repository import Repository, ServedModel
-from serving.scheduler import Closed, Request
+from serving.scheduler import Closed, OnLoop, Request, Waiter
 from serving.services.statuses import to_status
 from serving.statistics import Rpcs, Statistics
 from serving.tensors import DATATYPES
@@ -34,6 +33,8 @@ _PLAIN = frozenset(DATATYPES) - {"BOOL", "BF16", "BYTES"}
 # The keys of fields that have a length, (number << 3) | 2: a request's first three, and an answer's in a stream.
 _MODEL_NAME, _MODEL_VERSION, _ID = b"\x0a\x12\x1a"
 _INFER_RESPONSE = b"\x12"
+
+Waits = TypeVar("Waits", bound=Waiter)
 
 
 class Prepared(NamedTuple):
@@ -58,12 +59,13 @@ class PreparedRequests:
         self._repository = repository
         self._prepared: dict[tuple[bytes, int], Prepared] = {}
 
-    def submit(self, data: bytes, deadline_ns: float) -> Running | None:
-        """Put a request to its model, if it is prepared; None where it has to be decoded in full.
+    def submit(self, data: bytes, deadline_ns: float, wait: Callable[[Running], Waits]) -> Waits | None:
+        """Put a request to its model, if it is prepared; None where it has to be decoded in full. On any thread.
 
         Args:
             data: the request's bytes.
             deadline_ns: when nobody waits for the answer any more, in `time.monotonic_ns()` nanoseconds.
+            wait: makes what waits for the answer.
 
         Raises:
             RequestError: it cannot be answered.
@@ -80,14 +82,16 @@ class PreparedRequests:
         if not identity.isascii() or served is not prepared.served():
             return None  # the id might not be UTF-8; another version may answer otherwise
         image = np.frombuffer(data, prepared.dtype, offset=end + len(prepared.middle)).reshape(prepared.shape)
+        running = Running(prepared, served.statistics, identity, start_ns)
         try:
-            future = served.scheduler.submit({prepared.input_name: image}, deadline_ns)
+            waiter = wait(running)
+            served.scheduler.submit({prepared.input_name: image}, deadline_ns, waiter)
         except Closed:
             return None
         except RequestError:
-            served.statistics.failed(start_ns)
+            running.failed()
             raise
-        return Running(data, prepared, served.statistics, identity, start_ns, future)
+        return waiter
 
     def learn(
         self,
@@ -146,50 +150,22 @@ class PreparedRequests:
 
 
 class Running:
-    """A request that was put to its model; awaited, it gives the bytes of the answer's message."""
+    """A request that was put to its model, and the bytes of its answer's message."""
 
-    __slots__ = ("_data", "_future", "_id", "_prepared", "_start_ns", "_statistics", "_stream")
+    __slots__ = ("_id", "_prepared", "_start_ns", "_statistics")
 
-    def __init__(
-        self,
-        data: bytes,
-        prepared: Prepared,
-        statistics: Statistics,
-        identity: bytes,
-        start_ns: int,
-        future: Future[Request],
-    ) -> None:
-        self._data = data
-        self._statistics = statistics
+    def __init__(self, prepared: Prepared, statistics: Statistics, identity: bytes, start_ns: int) -> None:
         self._prepared = prepared
+        self._statistics = statistics
         self._id = identity  # the field, with its key
         self._start_ns = start_ns
-        self._future = future
-        self._stream: Rpcs | None = None
 
-    def in_stream(self, rpcs: Rpcs) -> Running:
-        """Have it give a stream's message, in which an error is an answer too, counted in `rpcs`."""
-        self._stream = rpcs
-        return self
-
-    def cancel(self) -> None:
-        """Withdraw the request, which nobody has awaited yet."""
-        self._future.cancel()
+    def failed(self) -> None:
+        """Count that nobody gets the answer."""
         self._statistics.failed(self._start_ns)
 
-    def __await__(self) -> Generator[Any, None, bytes]:
-        try:
-            answer = yield from self._future
-            message = self._encode(answer)
-        except BaseException as error:
-            self._statistics.failed(self._start_ns)
-            if self._stream is None or not isinstance(error, Exception):
-                raise
-            return stream_error(pb.ModelInferRequest.FromString(self._data), error, self._stream).SerializeToString()
-        self._statistics.succeeded(self._start_ns, answer.stages)
-        return _INFER_RESPONSE + _varint(len(message)) + message if self._stream is not None else message
-
-    def _encode(self, answer: Request) -> bytes:
+    def message(self, answer: Request) -> bytes:
+        """The answer's message, which is counted."""
         parts = [self._prepared.head, self._id, self._prepared.tail]
         for name, key, length in self._prepared.outputs:
             raw = answer.raw(name)
@@ -197,14 +173,57 @@ class Running:
                 raise RuntimeError(f"output {name} has {len(raw)} bytes, its shape in the model needs {length}")
             parts.append(key)
             parts.append(raw)
-        return b"".join(parts)
+        message = b"".join(parts)
+        self._statistics.succeeded(self._start_ns, answer.stages)
+        return message
+
+
+class Awaited(OnLoop):
+    """A running request whose answer is awaited on the event loop."""
+
+    __slots__ = ("_running",)
+
+    def __init__(self, running: Running) -> None:
+        super().__init__()
+        self._running = running
+
+    def cancel(self) -> None:
+        """Withdraw the request, which nobody has awaited yet."""
+        self.future.cancel()
+        self._running.failed()
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        try:
+            answer = yield from self.future
+            return self._running.message(answer)
+        except BaseException:
+            self._running.failed()
+            raise
+
+
+class Streamed(Awaited):
+    """As `Awaited`, of a stream: gives a stream's message, in which an error is an answer too."""
+
+    __slots__ = ("_data", "_rpcs")
+
+    def __init__(self, data: bytes, rpcs: Rpcs, running: Running) -> None:
+        super().__init__(running)
+        self._data = data
+        self._rpcs = rpcs
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        try:
+            message = yield from super().__await__()
+        except Exception as error:
+            return stream_error(pb.ModelInferRequest.FromString(self._data), error, self._rpcs).SerializeToString()
+        return _INFER_RESPONSE + _varint(len(message)) + message
 
 
 def stream_error(request: pb.ModelInferRequest, error: Exception, rpcs: Rpcs) -> pb.ModelStreamInferResponse:
     """What a stream answers to a request that failed, which is counted."""
     method = f"{pb.SERVICE}/ModelStreamInfer"
     code, details = to_status(error, lambda: logs.about(method, "", (), request.id))
-    rpcs.stream_errors[method, code.name] += 1
+    rpcs.stream_error(method, code.name)
     whose = pb.ModelInferResponse(id=request.id, model_name=request.model_name, model_version=request.model_version)
     return pb.ModelStreamInferResponse(error_message=details, infer_response=whose)
 
