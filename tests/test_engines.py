@@ -8,6 +8,7 @@ import pytest
 import torch
 import tritonclient.grpc as triton
 from conftest import MODEL, running
+from onnx import TensorProto, helper
 from pydantic import ValidationError
 
 from serving.__main__ import main
@@ -230,8 +231,51 @@ def test_what_is_in_force_is_read_back(bundle):
     assert open_backend("onnx", bundle, "cpu", Engine(threads=2)).settings == {
         "threads": "2",
         "graph_optimization": "enable_all",
+        "rows_per_run": "32",
     }
     assert open_backend("torchscript", bundle, "cpu", Engine(threads=2)).settings == {"threads": "2"}
+
+
+class Session:
+    """An ONNX Runtime session that notes the rows of its runs."""
+
+    def __init__(self, session):
+        self._session = session
+        self.rows = []
+
+    def run(self, names, inputs):
+        self.rows.append(len(inputs["image"]))
+        return self._session.run(names, inputs)
+
+
+@pytest.mark.parametrize(
+    ("threads", "count", "rows"),
+    [(1, 16, [16]), (1, 17, [9, 8]), (1, 64, [16] * 4), (1, 100, [15, 15, 14, 14, 14, 14, 14]), (2, 64, [32] * 2)],
+)
+def test_a_large_batch_runs_in_parts_that_a_cache_can_hold(bundle, sample, threads, count, rows):
+    images = sample[1].images.numpy()[:count]
+    backend = open_backend("onnx", bundle, "cpu", Engine(threads=threads))
+    session = backend._session = Session(backend._session)
+    answers = backend.run({"image": images})
+    assert session.rows == rows
+    whole = dict(zip(("logits", "probabilities"), session._session.run(None, {"image": images}), strict=True))
+    assert answers.keys() == whole.keys()
+    for name, values in whole.items():
+        np.testing.assert_allclose(answers[name], values, rtol=1e-5, atol=1e-5)
+
+
+def test_only_rows_of_a_batch_are_run_apart(tmp_path):
+    """A first axis of another name may mean anything: each row of these sums depends on those before it."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["length", 2])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["length", 2])
+    graph = helper.make_graph([helper.make_node("CumSum", ["x", "axis"], ["y"])], "sums", [x], [y])
+    graph.initializer.append(helper.make_tensor("axis", TensorProto.INT64, [], [0]))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    backend = onnx_backend.open_file(tmp_path / "model.onnx", "cpu", Engine())
+    answers = backend.run({"x": np.ones((40, 2), np.float32)})
+    assert answers["y"][-1].tolist() == [40, 40]
+    assert "rows_per_run" not in backend.settings
 
 
 def test_the_server_says_what_is_in_force(repository, capsys):

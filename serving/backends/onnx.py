@@ -14,7 +14,7 @@ import importlib
 import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ from serving.tensors import Array, TensorSpec
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
+
+# Rows of one run on the CPU, for each thread. What lies between the layers of a larger batch leaves the core's cache:
+# 64 rows at once took 10 to 30 % longer.
+_ROWS = 16
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -68,6 +72,7 @@ class OnnxBackend:
         self._output_names = [spec.name for spec in self.outputs]
         self._texts = [spec.name for spec in self.inputs if spec.datatype == "BYTES"]
         self.provider, self.device = _read_back(session)
+        self._rows = _ROWS * engine.threads if self.device == "cpu" and _has_batch(self.inputs, self.outputs) else 0
         self._buffered: BufferedSession | None = None
         sizes: tuple[int, ...] = ()
         if self.device != "cpu":  # there, a plain run reads and writes the caller's own memory
@@ -75,6 +80,8 @@ class OnnxBackend:
             signature = (self.inputs, self.outputs)
             self._buffered = BufferedSession(session, self.device, *signature, sizes, engine.cuda_graphs)
         self.settings = _settings(session, self.device, sizes, engine)
+        if self._rows:
+            self.settings["rows_per_run"] = str(self._rows)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As `Backend.run`. `InferenceSession.run` is thread-safe and releases the interpreter's lock."""
@@ -84,9 +91,25 @@ class OnnxBackend:
         if self._buffered:
             return self._buffered.run(given)  # what fails there may be the device's fault
         try:
-            return dict(zip(self._output_names, self._session.run(self._output_names, given), strict=True))
+            parts = [self._session.run(self._output_names, part) for part in self._parts(given)]
         except _REFUSALS as error:
             raise InvalidArgument(f"the model cannot run with these inputs: {error}") from error
+        outputs = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        return dict(zip(self._output_names, outputs, strict=True))
+
+    def _parts(self, inputs: dict[str, Array]) -> list[dict[str, Array]]:
+        """The inputs by rows, in as few parts of about the same size as there may be."""
+        lengths = {len(array) for array in inputs.values()} if self._rows else set()
+        if len(lengths) != 1 or (rows := lengths.pop()) <= self._rows:
+            return [inputs]
+        count = -(-rows // self._rows)
+        split = {name: np.array_split(array, count) for name, array in inputs.items()}
+        return [{name: arrays[part] for name, arrays in split.items()} for part in range(count)]
+
+
+def _has_batch(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether the first axis of all tensors is named `batch`: then no row depends on another."""
+    return all(spec.shape[:1] == ("batch",) for spec in (*inputs, *outputs))
 
 
 def _as_text(name: str, elements: Array) -> Array:
