@@ -198,6 +198,7 @@ def _contenders(
 
 def _at_rest(contender: Contender, server: Started, seconds: float) -> dict[str, Any]:
     """What a server needs that is asked nothing."""
+    time.sleep(seconds)  # one of its processes has answered; others may be starting
     before = cpu_s([server.pid])
     time.sleep(seconds)
     return {
