@@ -8,6 +8,7 @@ import logging
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -221,9 +222,10 @@ class Server:
         self.repository.retire()
         self._health.stop()
         await pause(self._config.drain_delay_s, hurry)
-        await self._gate.close(hurry)
+        until = time.monotonic() + self._config.drain_s
+        await self._gate.close(hurry, lambda: self._server.limited_calls, self._config.drain_s)
         self._health.close()
-        finishing = asyncio.create_task(self._server.stop(self._config.drain_s))
+        finishing = asyncio.create_task(self._server.stop(max(0.0, until - time.monotonic())))
         hurried = asyncio.create_task(hurry.wait())
         await asyncio.wait({finishing, hurried}, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()

@@ -40,6 +40,7 @@ class Host(Protocol):
     """What a call needs of its server."""
 
     inbox: Inbox
+    limited_calls: int
     calls_told: int
     calls_run: int
 
@@ -67,6 +68,7 @@ class Call:
         "_direct",
         "_first",
         "_gone",
+        "_limited",
         "_server",
         "_started",
         "_task",
@@ -74,11 +76,12 @@ class Call:
         "details",
     )
 
-    def __init__(self, server: Host, event: Any, method: str) -> None:
+    def __init__(self, server: Host, event: Any, method: str, limited: bool) -> None:
         self.details = CallDetails(method, event.invocation_metadata)
         self._server = server
         self._core = event.call
         self._deadline: float = event.call_details.deadline  # seconds since 1970
+        self._limited = limited  # whether it is counted
         self._direct = False  # whether no handler hears of it
         self._first: Any = None  # the event that has the first request, where the pump has read it
         self._task: asyncio.Task[None] | None = None
@@ -137,6 +140,7 @@ class Call:
 
     def begin(self, read: bool) -> None:
         """On the pump: be told when the client goes, and read the first request where that is asked for."""
+        self._server.limited_calls += self._limited
         self._core.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),), self._closed)
         if read:
             self._core.start_server_batch((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._read)
@@ -170,6 +174,7 @@ class Call:
         self._run(event)
 
     def _closed(self, event: Any) -> None:
+        self._server.limited_calls -= self._limited
         if event.batch_operations[0].cancelled():
             self._gone = True
             if not self._direct:

@@ -71,6 +71,7 @@ class Server:
         self._core = cygrpc.Server(tuple((name.encode(), value) for name, value in options), False)
         self._queue = cygrpc.CompletionQueue()
         self._core.register_completion_queue(self._queue)
+        self.limited_calls = 0  # of the methods of `limit`, that have begun and not ended; counted by the pump
         self.calls_told = 0  # of the calls that are read first; counted by the pump
         self.calls_run = 0  # of those; counted by the loop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -153,10 +154,11 @@ class Server:
         self._ask()
         method = event.call_details.method.decode()
         limit = self._limit
-        if limit and method in limit.methods and (refusal := limit.refuse(method, *self.waiting())):
+        limited = limit is not None and method in limit.methods
+        if limit and limited and (refusal := limit.refuse(method, *self.waiting())):
             _refuse(event.call, refusal)
         else:
-            Call(self, event, method).begin(read=method in self._read_first)
+            Call(self, event, method, limited).begin(read=method in self._read_first)
 
     def _ask(self) -> None:
         """Let the core hand over one more call."""

@@ -6,6 +6,8 @@ one hand-over. What is not prepared, or must be seen by somebody else, goes the 
 
 from __future__ import annotations
 
+import functools
+
 import grpc
 
 from protos import open_inference as pb
@@ -41,13 +43,11 @@ class Direct:
         if call.details.method[1:] != METHOD or self._gate.closed or len(data) > self._max_bytes:
             return False
         try:
-            return (
-                self._prepared.submit(data, deadline(call), lambda running: _Waiting(call, self._rpcs, running))
-                is not None
-            )
+            waiting = self._prepared.submit(data, deadline(call), functools.partial(_Waiting, call, self._rpcs))
         except Exception as error:
             _fail(call, self._rpcs, error)
             return True
+        return waiting is not None
 
 
 class _Waiting:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Generic, TypeVar
 
@@ -23,8 +24,8 @@ from serving.statistics import Rpcs
 STOPPING = "the server is stopping; try again, with another one"
 
 _ROUND_S = 0.05
-_QUIET = 4  # rounds without a call that end it, where calls came before
-_ROUNDS = 20  # that end it in any case: there are clients that do not mind being refused
+_QUIET = 4  # rounds without a call that end it, where there were calls before
+_ROUNDS = 20  # in which nothing runs; they end it in any case: there are clients that do not mind being refused
 
 Request = TypeVar("Request")
 
@@ -76,21 +77,31 @@ class Gate(grpc.GenericRpcHandler):
                 return refusal(error, method)
         return None
 
-    async def close(self, hurry: asyncio.Event) -> None:
+    async def close(self, hurry: asyncio.Event, running: Callable[[], int], most_s: float) -> None:
         """Refuse new calls, and read no more requests from streams: those that were read are answered.
 
-        Returns when no more calls came for a moment, or when in a hurry.
+        Whoever gets an answer may call again at once. So this returns when no call runs and no more came for a moment:
+        after `most_s` seconds at the latest, or when in a hurry.
+
+        Args:
+            hurry: set by whoever will not wait.
+            running: how many calls for inference have begun and not ended, streams aside.
+            most_s: how long calls may go on running.
         """
         self.closed = True
         for requests in self._open:
             requests.cut()
-        quiet = 0
-        for _ in range(_ROUNDS):
+        until = time.monotonic() + most_s
+        needed, quiet, rounds = 1, 0, 0
+        while quiet < needed and rounds < _ROUNDS and time.monotonic() < until and not hurry.is_set():
             refused = self._refused
+            runs = running()
             await pause(_ROUND_S, hurry)
-            quiet = quiet + 1 if self._refused == refused else 0
-            if hurry.is_set() or quiet == (_QUIET if self._refused else 1):
-                break
+            if runs or self._refused != refused:
+                needed, quiet = _QUIET, 0
+            else:
+                quiet += 1
+            rounds += not runs
 
     def requests(self, source: AsyncIterator[bytes], parse: Callable[[bytes], Request]) -> Requests[Request]:
         """A stream's requests as they come in, until its client ends it or the gate is closed."""
