@@ -7,10 +7,11 @@ import os
 import re
 import signal
 import threading
+import time
 
 import grpc
 import pytest
-from conftest import MODEL, Running, running
+from conftest import MODEL, Running, holding, running
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_cli import serving
 
@@ -161,6 +162,25 @@ def test_open_streams_and_watchers_do_not_hold_a_server(repository):
         with pytest.raises(grpc.RpcError) as raised:
             statuses.extend(answer.status for answer in watch)
         assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.UNAVAILABLE, STOPPING)
+
+
+def test_whoever_gets_an_answer_while_the_server_stops_is_told_to_ask_elsewhere(repository, monkeypatch):
+    with (
+        holding(repository, monkeypatch, drain_s=60) as (server, backend),
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        infer = channel.unary_unary(INFER)
+        first = infer.future(infer_request(), timeout=60)
+        assert backend.started.wait(10)
+        stopping = asyncio.run_coroutine_threadsafe(server.server.stop(), server.loop)
+        time.sleep(0.5)  # nobody calls meanwhile
+        assert not stopping.done()
+        backend.released.set()
+        first.result()
+        with pytest.raises(grpc.RpcError) as raised:
+            infer(infer_request(), timeout=20)
+        assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.UNAVAILABLE, STOPPING)
+        stopping.result(20)
 
 
 def test_a_watcher_that_leaves_harms_no_other(repository):
