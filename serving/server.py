@@ -223,7 +223,7 @@ class Server:
         self._health.stop()
         await pause(self._config.drain_delay_s, hurry)
         until = time.monotonic() + self._config.drain_s
-        await self._gate.close(hurry, lambda: self._server.limited_calls, self._config.drain_s)
+        await self._gate.close(hurry, self._server.drain(), self._config.drain_s)
         self._health.close()
         finishing = asyncio.create_task(self._server.stop(max(0.0, until - time.monotonic())))
         hurried = asyncio.create_task(hurry.wait())

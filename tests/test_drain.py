@@ -2,6 +2,8 @@
 
 import asyncio
 import collections
+import concurrent.futures
+import contextlib
 import gc
 import os
 import re
@@ -181,6 +183,26 @@ def test_whoever_gets_an_answer_while_the_server_stops_is_told_to_ask_elsewhere(
             infer(infer_request(), timeout=20)
         assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.UNAVAILABLE, STOPPING)
         stopping.result(20)
+
+
+def test_clients_that_do_not_mind_being_refused_do_not_hold_a_server(repository):
+    with running(repository, drain_s=600) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        stopped = threading.Event()
+
+        def ask_on() -> None:
+            with grpc.insecure_channel(server.address) as channel:
+                infer = channel.unary_unary(INFER)
+                while not stopped.is_set():
+                    with contextlib.suppress(grpc.RpcError):
+                        infer(infer_request(), timeout=10)
+
+        asking = [pool.submit(ask_on) for _ in range(8)]
+        try:
+            asyncio.run_coroutine_threadsafe(server.server.stop(), server.loop).result(60)
+        finally:
+            stopped.set()
+        for each in asking:
+            each.result(20)
 
 
 def test_a_watcher_that_leaves_harms_no_other(repository):

@@ -63,12 +63,12 @@ class Call:
         "_answers",
         "_code",
         "_core",
+        "_counted",
         "_deadline",
         "_details",
         "_direct",
         "_first",
         "_gone",
-        "_limited",
         "_server",
         "_started",
         "_task",
@@ -76,12 +76,12 @@ class Call:
         "details",
     )
 
-    def __init__(self, server: Host, event: Any, method: str, limited: bool) -> None:
+    def __init__(self, server: Host, event: Any, method: str, counted: bool) -> None:
         self.details = CallDetails(method, event.invocation_metadata)
         self._server = server
         self._core = event.call
         self._deadline: float = event.call_details.deadline  # seconds since 1970
-        self._limited = limited  # whether it is counted
+        self._counted = counted  # in `limited_calls`
         self._direct = False  # whether no handler hears of it
         self._first: Any = None  # the event that has the first request, where the pump has read it
         self._task: asyncio.Task[None] | None = None
@@ -140,7 +140,7 @@ class Call:
 
     def begin(self, read: bool) -> None:
         """On the pump: be told when the client goes, and read the first request where that is asked for."""
-        self._server.limited_calls += self._limited
+        self._server.limited_calls += self._counted
         self._core.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),), self._closed)
         if read:
             self._core.start_server_batch((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._read)
@@ -174,7 +174,7 @@ class Call:
         self._run(event)
 
     def _closed(self, event: Any) -> None:
-        self._server.limited_calls -= self._limited
+        self._server.limited_calls -= self._counted
         if event.batch_operations[0].cancelled():
             self._gone = True
             if not self._direct:

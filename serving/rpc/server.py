@@ -71,7 +71,8 @@ class Server:
         self._core = cygrpc.Server(tuple((name.encode(), value) for name, value in options), False)
         self._queue = cygrpc.CompletionQueue()
         self._core.register_completion_queue(self._queue)
-        self.limited_calls = 0  # of the methods of `limit`, that have begun and not ended; counted by the pump
+        self.limited_calls = 0  # of the methods of `limit`, that began before `drain` and have not ended; by the pump
+        self._draining = False
         self.calls_told = 0  # of the calls that are read first; counted by the pump
         self.calls_run = 0  # of those; counted by the loop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -131,6 +132,11 @@ class Server:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def drain(self) -> Callable[[], int]:
+        """What tells how many calls of the methods of `limit` still run that have begun by now."""
+        self._draining = True
+        return lambda: self.limited_calls
+
     def waiting(self) -> tuple[int, int]:
         """On the pump: how many events wait for the loop, and how many of them are calls that were read first."""
         return len(self.inbox), self.calls_told - self.calls_run
@@ -158,7 +164,8 @@ class Server:
         if limit and limited and (refusal := limit.refuse(method, *self.waiting())):
             _refuse(event.call, refusal)
         else:
-            Call(self, event, method, limited).begin(read=method in self._read_first)
+            counted = limited and not self._draining
+            Call(self, event, method, counted).begin(read=method in self._read_first)
 
     def _ask(self) -> None:
         """Let the core hand over one more call."""

@@ -85,7 +85,7 @@ class Gate(grpc.GenericRpcHandler):
 
         Args:
             hurry: set by whoever will not wait.
-            running: how many calls for inference have begun and not ended, streams aside.
+            running: how many calls for inference that came before have not ended, streams aside.
             most_s: how long calls may go on running.
         """
         self.closed = True

@@ -113,7 +113,8 @@ class OpenInferenceService:
 
         def begin(data: bytes) -> Pending[bytes]:
             try:
-                if running := self._prepared.submit(data, until, functools.partial(Streamed, data, self._rpcs)):
+                waiting = functools.partial(Streamed, data, self._rpcs)
+                if (running := self._prepared.submit(data, until, waiting)) is not None:
                     return running
             except RequestError as error:
                 refused: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
