@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Clock = Callable[[], int]  # nanoseconds, as `time.monotonic_ns` counts them
 
-_PURGE_NS = 1_000_000  # a full queue is searched for requests that nobody waits for so often at most
+_PURGE_NS = 10_000_000  # a full queue is searched for requests that nobody waits for so often at most: it costs
 
 
 class Withdrawn(Exception):
