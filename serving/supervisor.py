@@ -7,9 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 import time
-from asyncio.subprocess import Process
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +15,7 @@ from serving.channel import Channel, Gone, Handler
 from serving.config import ServerConfig
 from serving.control import Readiness, Report, Role, Stop
 from serving.errors import ParityserveError, StartupError, Unavailable
+from serving.forks import Forked, Forks
 
 if TYPE_CHECKING:  # a server without metrics saves the time and memory
     from serving.snapshot import Snapshot
@@ -34,7 +33,7 @@ END_S = 10.0  # beyond `drain_delay_s` and `drain_s`, within which a worker that
 @dataclass
 class _Worker:
     number: int
-    process: Process
+    process: Forked
     started_s: float  # on `time.monotonic()`
     channel: Channel = field(init=False)
     joined: bool = False  # from here on it is told and asked what concerns all
@@ -57,11 +56,12 @@ class _End(NamedTuple):
 class Supervisor:
     """The workers of one server."""
 
-    def __init__(self, config: ServerConfig, count: int) -> None:
-        """`config.port` is the port itself, not 0."""
+    def __init__(self, config: ServerConfig, count: int, forks: Forks) -> None:
+        """`config.port` is the port itself, not 0; `forks` makes processes that are workers."""
         self.stop = Stop()
         self._config = config
         self._count = count
+        self._forks = forks
         self._workers: dict[int, _Worker] = {}  # those that live, by number
         self._started: set[int] = set()  # the numbers under which a process took connections
         self._models: bytes | None = None  # what is served, as last known
@@ -183,11 +183,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as failing, theirs:
             failing.callback(ours.close)
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "serving.workers", str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
-                process_group=0,  # a terminal's Ctrl-C is for the supervisor
-            )
+            process = await self._forks.fork(theirs)
             failing.pop_all()
         worker = _Worker(number, process, time.monotonic())
         worker.channel = await Channel.open(ours, self._handlers(worker))

@@ -1,8 +1,8 @@
 """Several processes that share one port: what becomes their supervisor, and what each of them runs.
 
-The supervisor holds the port and serves nothing itself. Each worker is a fresh interpreter that runs `serving.server`
-on the same port with SO_REUSEPORT: the kernel spreads the connections. A socket pair ties each of them to the
-supervisor; its end tells either side of the death of the other.
+The supervisor holds the port and serves nothing itself. Each worker is a process, forked by one that has imported
+everything and has no threads, that runs `serving.server` on the same port with SO_REUSEPORT: the kernel spreads the
+connections. A socket pair ties each of them to the supervisor; its end tells either side of the death of the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 from typing import TYPE_CHECKING
 
 from serving import logs
@@ -20,6 +19,7 @@ from serving.channel import Gone
 from serving.config import ServerConfig
 from serving.control import Member
 from serving.errors import ParityserveError
+from serving.forks import Forks
 from serving.machine import reserved
 from serving.supervisor import Supervisor
 
@@ -36,14 +36,15 @@ def supervise(config: ServerConfig, count: int) -> None:
         StartupError, DeviceError, BundleError: the server cannot start.
         ParityserveError: a worker died, or had to be killed, while it drained.
     """
-    asyncio.run(_supervise(config, count))
+    with Forks(_prepare, _work) as forks:
+        asyncio.run(_supervise(config, count, forks))
 
 
-async def _supervise(config: ServerConfig, count: int) -> None:
+async def _supervise(config: ServerConfig, count: int, forks: Forks) -> None:
     loop = asyncio.get_running_loop()
     with reserved(config) as port:
         config = config.model_copy(update={"port": port})
-        supervisor = Supervisor(config, count)
+        supervisor = Supervisor(config, count, forks)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, supervisor.stop.ask)
         loop.add_signal_handler(signal.SIGHUP, supervisor.reload)
@@ -60,14 +61,19 @@ async def _supervise(config: ServerConfig, count: int) -> None:
     logger.info("stopped")
 
 
-def work(end: socket.socket) -> int:
+def _prepare() -> None:
+    """Import what serves, but for ONNX Runtime: it starts a thread."""
+    import serving.server  # noqa: F401  # the supervisor does without
+
+
+def _work(end: socket.socket) -> int:
     """Be a worker; `end` is its end of the socket pair. Returns the exit code."""
-    from serving.server import run  # the supervisor does without
+    from serving.server import run
 
-    return run(_work(end))
+    return run(_serve(end))
 
 
-async def _work(end: socket.socket) -> int:
+async def _serve(end: socket.socket) -> int:
     from serving.server import serve_here
 
     member = Member()
@@ -82,7 +88,3 @@ async def _work(end: socket.socket) -> int:
     except Gone:  # the supervisor, while this worker started
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(work(socket.socket(fileno=int(sys.argv[1]))))

@@ -496,6 +496,16 @@ def test_workers_end_when_their_supervisor_is_killed(repository, sample):
         assert again == port
 
 
+def test_workers_are_forked_where_there_is_one_thread(repository):
+    """Locks that other threads hold would stay locked in what is forked."""
+    with supervised("--repository", repository, "--workers", "2") as server:
+        assert server.address  # all have started
+        parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in server.workers()}
+        (forker,) = parents
+        assert forker != server.process.pid
+        assert len(list(Path(f"/proc/{forker}/task").iterdir())) == 1
+
+
 def test_a_worker_that_cannot_be_replaced_yet_is_replaced_later(tampered, sample):
     images = sample[1].images.numpy()
     words = ("--repository", tampered, "--workers", "2", "--model-control", "poll", "--poll-s", "0.1")
