@@ -12,14 +12,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from serving import logs, sources, version_labels
-from serving.client import DEFAULT_TARGET, Client, ModelInfo, PredictResult
-from serving.config import ServerConfig
-from serving.credentials import add_credentials, given_credentials
-from serving.errors import InvalidArgument, ParityserveError
+from serving.config import DEFAULT_TARGET, ServerConfig
+from serving.credentials import add_credentials
+from serving.errors import ParityserveError
 from serving.images import Polarity
 from serving.machine import worker_count
 from serving.options import add_options, given
@@ -117,10 +113,6 @@ def _add_server(command: argparse.ArgumentParser) -> None:
     add_credentials(command)
 
 
-def _client(options: argparse.Namespace) -> Client:
-    return Client(options.server, credentials=given_credentials(options))
-
-
 def _serve(options: argparse.Namespace) -> int:
     config, origins = sources.load(given(ServerConfig, options), os.environ, options.config)
     logs.configure(config)
@@ -146,65 +138,15 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    """Classify each file by itself, so that one bad file costs no other its answer."""
-    polarity = Polarity[options.polarity.upper().replace("-", "_")]
-    table = Table("file", "label", "probability", "next")
-    answered: PredictResult | None = None
-    failed = 0
-    with _client(options) as client:
-        for file in options.files:
-            try:
-                result = client.predict(Path(file), options.model, options.version, options.top_k, polarity)
-            except (InvalidArgument, OSError) as error:
-                failed += 1
-                print(f"error: {file}: {error}", file=sys.stderr)  # noqa: T201
-                continue
-            answered = result
-            best = result.predictions[0]
-            rest = ", ".join(f"{score.label} {score.probability:.2%}" for score in best.top_k[1:])
-            table.add_row(file, best.label, f"{best.probability:.2%}", rest)
-    if answered:
-        console = Console()
-        console.print(table)
-        console.print(
-            f"{answered.model} version {answered.version}, {answered.backend}, {answered.provider} on {answered.device}"
-        )
-    return 2 if failed else 0
+    from serving.asking import predict  # a server needs neither a client nor tables, and starts without them
+
+    return predict(options)
 
 
 def _models(options: argparse.Namespace) -> int:
-    with _client(options) as client:
-        models = client.list_models()
-    table = Table()
-    for column in ("model", "version", "state", "file", "runs on", "accuracy", "golden |Δ|", "reason"):
-        table.add_column(column, overflow="fold")
-    for model in models:
-        table.add_row(*_row(model))
-    console = Console(highlight=False)
-    console.print(table)
-    if options.verbose:
-        for model in models:
-            settings = "".join(f"\n  {name} = {value}" for name, value in sorted(model.settings.items()))
-            console.print(
-                f"{model.name} version {model.version}:{settings or ' not served'}", markup=False, soft_wrap=True
-            )
-    return 0
+    from serving.asking import models
 
-
-def _row(model: ModelInfo) -> tuple[str, ...]:
-    version = f"{model.version} {', '.join(model.version_labels)}".strip()
-    if model.state != "READY":
-        return (model.name, version, model.state, "", "", "", "", model.reason)
-    return (
-        model.name,
-        version,
-        model.state,
-        f"{model.file}, {model.precision}" if model.precision else model.file,
-        f"{model.backend}, {model.provider.removesuffix('ExecutionProvider')} on {model.device}",
-        f"{model.test_accuracy:.2%}" if model.verified else "",
-        f"{model.golden_max_abs:.1e}" if model.verified else "unverified",
-        model.reason,
-    )
+    return models(options)
 
 
 def _promote(options: argparse.Namespace) -> int:
@@ -233,6 +175,8 @@ def _print_labels(labels: Mapping[str, int]) -> None:
 
 
 def _conformance(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from serving.conformance.suite import run  # no other command needs it
 
     report = run(options.target, options.model)
@@ -243,6 +187,8 @@ def _conformance(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:  # noqa: ARG001
+    from rich.console import Console
+
     from serving.doctor import doctor
 
     return 0 if doctor(Console()) else 1

@@ -27,14 +27,13 @@ from PIL import Image
 
 from protos import classifier_pb2 as pb
 from protos import classifier_pb2_grpc
-from serving.config import DEFAULT_PORT, MAX_MESSAGE_BYTES
+from serving.config import DEFAULT_TARGET, MAX_MESSAGE_BYTES
 from serving.credentials import Credentials
 from serving.errors import InvalidArgument, ParityserveError, Unavailable, from_status
 from serving.images import Polarity
 
 ImageLike = npt.NDArray[np.uint8] | Image.Image | str | os.PathLike[str] | bytes
 
-DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_TIMEOUT_S = 30.0
 NO_CREDENTIALS = Credentials()
 

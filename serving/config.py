@@ -13,6 +13,7 @@ from serving.credentials import is_loopback
 from serving.versions import VersionPolicy
 
 DEFAULT_PORT = 8001
+DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 MAX_MESSAGE_BYTES = 64 << 20
 
 BackendName = Literal["onnx", "torchscript", "pt2", "aoti"]

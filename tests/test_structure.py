@@ -117,6 +117,12 @@ def test_the_readmes_python_runs(repository, sample, tmp_path, monkeypatch, caps
             assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_a_server_starts_without_what_only_clients_need():
+    code = "import sys, serving.__main__, serving.server; print({'rich', 'serving.client'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_the_architecture_names_every_module():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for package in ALLOWED:
