@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import time
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,27 @@ def describe() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             about[name] = importlib.metadata.version(name)
     return about
+
+
+class Stolen:
+    """How much CPU time the host of a virtual machine has kept from it since this was made.
+
+    A virtual core that sleeps can be given to others, and be waited for when there is work again: what wakes up often
+    loses more than what computes. On a machine of one's own it is 0, as where the system does not tell (Linux does).
+    """
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+        self._stolen_s = _stolen_s()
+
+    def share(self) -> float:
+        """Of the time of all cores together."""
+        elapsed_s = (time.monotonic() - self._began_s) * (os.cpu_count() or 1)
+        return (_stolen_s() - self._stolen_s) / elapsed_s
+
+
+def _stolen_s() -> float:
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def _processor() -> str:

@@ -25,7 +25,7 @@ from benchmarks import contenders
 from benchmarks.driver import UNARY, Load
 from benchmarks.exchanges import infer_request, random_inputs
 from benchmarks.load import Result, learn, line, run_load
-from benchmarks.machine import describe
+from benchmarks.machine import Stolen, describe
 from benchmarks.processes import started
 from benchmarks.sampling import Sampler, memory_slope
 from serving.bundle import newest, open_bundle
@@ -66,10 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
                 seconds=options.peak_seconds,
                 warmup_s=options.warmup,
             )
+            stolen = Stolen()
             peak = _peak(load, options.processes, console)
+            stolen_at_peak, stolen = stolen.share(), Stolen()
             offered = Load(**{**vars(load), "rate": 2 * peak, "seconds": options.seconds})
             with Sampler(running.pid) as sampler:
                 result = run_load(offered, options.processes)
+            stolen_since = stolen.share()
     except BundleError as error:
         print(f"error: {error} (`make demo` gets the data, trains and exports)", file=sys.stderr)
         return 2
@@ -79,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(line(offered, result))
     for status, text in result.messages.items():
         console.print(f"  {status}: {text}")
+    console.print(f"the host kept {stolen_at_peak:.0%} of the CPU time at the peak, {stolen_since:.0%} since")
     settled = sampler.after(options.warmup + options.seconds / 3)
     growth = memory_slope(settled) * (settled[-1].at_s - settled[0].at_s) / 60
     bound_ms = options.most_ms or 2 * options.max_queue / peak * 1e3
@@ -89,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(table)
     if options.json:
         report: dict[str, Any] = {"machine": describe(), "peak_requests_per_s": peak, **asdict(result)}
+        report |= {"stolen_at_peak": stolen_at_peak, "stolen_since": stolen_since}
         report |= {"samples": sampler.samples, "checks": [asdict(check) for check in checks]}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ from benchmarks.contenders import BOUND, Contender
 from benchmarks.driver import UNARY, Load
 from benchmarks.exchanges import Exchange, infer_request, random_inputs
 from benchmarks.load import Result, run_load
-from benchmarks.machine import describe
+from benchmarks.machine import Stolen, describe
 from benchmarks.processes import Started, cpu_s, rss_mb, started
 from benchmarks.report import tables
 from protos import open_inference as pb
@@ -151,6 +151,7 @@ def _measure(
         "bundle": str(bundle.path),
     }
     report: dict[str, Any] = {**about, "servers": {}, "inprocess": [], "rows": []}
+    stolen = Stolen()
     cases = [
         Case(images, mode == "stream", in_flight)
         for images in options.images
@@ -176,6 +177,7 @@ def _measure(
                 + ", ".join(f"{row['server']} {row['requests_per_s']:,.0f}" for row in rows)
                 + " requests/s"
             )
+            report["machine"]["CPU time kept by its host"] = f"{stolen.share():.0%}"
             _write(options.json, report)
         for contender, server in servers:
             report["servers"][contender.name]["rss_mb_after"] = rss_mb([server.pid])

@@ -17,7 +17,7 @@ import pytest
 from conftest import MODEL, running
 
 from benchmarks import load as loads
-from benchmarks import overload, peers, plot, report, serving, soak
+from benchmarks import machine, overload, peers, plot, report, serving, soak
 from benchmarks.calls import ask
 from benchmarks.contenders import BOUND, OURS
 from benchmarks.driver import UNARY, Driver, Load
@@ -195,6 +195,16 @@ def test_memory_and_files_that_grow_are_seen():
         memory_slope(flat[:1])
 
 
+def test_what_a_host_kept_is_a_share_of_all_cores(monkeypatch):
+    now_s, kept_s = 100.0, 7.0
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine, "_stolen_s", lambda: kept_s)
+    stolen = machine.Stolen()
+    now_s, kept_s = 110.0, 17.0  # ten seconds of four cores, and ten of them were kept
+    assert stolen.share() == 0.25
+
+
 def overloaded(**changes):
     fields = {
         "requests_per_s": 100.0,
@@ -239,6 +249,8 @@ def test_overload(repository, tmp_path):
     assert code == (0 if all(check["passed"] for check in written["checks"]) else 1)
     assert len(written["checks"]) == 6
     assert written["peak_requests_per_s"] > 0
+    assert 0 <= written["stolen_at_peak"] < 1
+    assert 0 <= written["stolen_since"] < 1
     assert written["statuses"]["OK"] > 0
     assert "WRONG" not in written["statuses"]
 
