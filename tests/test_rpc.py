@@ -1,10 +1,13 @@
 """The gRPC server beneath the services: real channels to handlers of all kinds."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 import types
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -439,3 +442,33 @@ def test_a_port_that_is_taken():
             rpc.Server(options=[("grpc.so_reuseport", 0)]).add_insecure_port(f"127.0.0.1:{port}")
 
     asyncio.run(bind())
+
+
+POLICIES = """
+import asyncio, os, pathlib, threading
+from serving import rpc
+
+async def main():
+    server = rpc.Server()
+    server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    later = threading.Thread(target=print, args=("later", os.sched_getscheduler(0)))
+    later.start()
+    later.join()
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        what = "pump" if int(task.name) == server._pump.native_id else (task / "comm").read_text().strip()
+        print("main" if int(task.name) == os.getpid() else what, os.sched_getscheduler(int(task.name)))
+    await server.stop(None)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+def test_the_servers_own_threads_interrupt_none_that_computes():
+    words = [sys.executable, "-c", POLICIES]
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True, timeout=60)
+    batch, other = "3", "0"  # SCHED_BATCH and SCHED_OTHER
+    policies = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert policies.keys() >= {"main", "later", "pump", "event_engine"}
+    assert policies == {name: other if name in ("main", "later") else batch for name in policies}
