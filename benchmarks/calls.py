@@ -7,9 +7,11 @@ from collections.abc import Iterable
 
 from benchmarks.headers import Status
 from benchmarks.http2 import Call, Connection, Events, message
+from protos import open_inference as pb
 
 CONNECT_S = 10.0  # how long a connection may take
 ANSWER_S = 30.0  # and the answer to a call by itself
+READY_S = 60.0  # and a server that answers until all its processes do
 
 
 async def connect(events: Events, target: str, path: str, metadata: Iterable[tuple[str, str]] = ()) -> Connection:
@@ -66,6 +68,22 @@ async def ask(target: str, path: str, request: bytes) -> bytes:
     if status.name != "OK":
         raise ValueError(f"{target}: {path}: {status.name}: {status.message}")
     return body
+
+
+async def all_ready(target: str) -> None:
+    """Return when a server is ready with all its processes, of which one may answer earlier.
+
+    Raises:
+        OSError: it is not, for `READY_S` seconds, or cannot be connected to.
+        ValueError: it does not say.
+    """
+    rpc = pb.RPCS["ServerReady"]
+    try:
+        async with asyncio.timeout(READY_S):
+            while not pb.ServerReadyResponse.FromString(await ask(target, rpc.path, b"")).ready:
+                await asyncio.sleep(0.05)
+    except TimeoutError as error:
+        raise TimeoutError(f"{target}: not ready within {READY_S:g} s") from error
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import contenders
+from benchmarks.calls import all_ready
 from benchmarks.driver import UNARY, Load
 from benchmarks.exchanges import infer_request, random_inputs
 from benchmarks.load import Result, learn, line, run_load
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         server = contenders.ours(options.repository, options.model, extra)
         first = infer_request(options.model, specs, random_inputs(specs, 1, seed=0))
         with started(server.command, server.port, UNARY, first) as running:
+            asyncio.run(all_ready(running.target))
             load = Load(
                 running.target,
                 asyncio.run(learn(running.target, options.model, options.images)),

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import contenders
-from benchmarks.calls import ask, connect, new_loop
+from benchmarks.calls import all_ready, ask, connect, new_loop
 from benchmarks.driver import UNARY, Driver, Load
 from benchmarks.exchanges import Exchange, infer_request, random_inputs
 from benchmarks.headers import Status
@@ -168,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         server = contenders.ours(options.repository, options.model, extra)
         first = infer_request(options.model, specs, random_inputs(specs, 1, seed=0))
         with started(server.command, server.port, UNARY, first) as running:
+            asyncio.run(all_ready(running.target))
             exchanges = asyncio.run(learn(running.target, options.model, images=1))
             until = time.perf_counter() + options.seconds
             mix = Mix(running.target, options.model, exchanges, until, Counter(), Counter())

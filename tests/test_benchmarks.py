@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import sys
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -241,9 +242,13 @@ def test_each_demand_under_overload_can_fail(changes, growth_mb, failing):
     assert [place for place, check in enumerate(checks) if not check.passed] == ([] if failing is None else [failing])
 
 
-def test_overload(repository, tmp_path):
+TWO_WORKERS = pytest.mark.skipif(sys.platform != "linux", reason="only Linux spreads connections over processes")
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(["--serve-option=--workers=2"], marks=TWO_WORKERS)])
+def test_overload(repository, tmp_path, more):
     path = tmp_path / "overload.json"
-    arguments = ["--repository", str(repository), "--model", MODEL, "--seconds", "2", "--peak-seconds", "0.3"]
+    arguments = [*more, "--repository", str(repository), "--model", MODEL, "--seconds", "2", "--peak-seconds", "0.3"]
     code = overload.main([*arguments, "--warmup", "0.1", "--json", str(path)])
     written = json.loads(path.read_text())
     assert code == (0 if all(check["passed"] for check in written["checks"]) else 1)
