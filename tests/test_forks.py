@@ -73,7 +73,7 @@ print(*parents)
 
 def test_how_a_process_ended_is_told_as_of_ones_own():
     lines = run("""
-told, failed, killed, asked, ignoring = [await Process().begin(forks) for _ in range(5)]
+told, failed, killed, asked, left = [await Process().begin(forks) for _ in range(5)]
 told.end.sendall(b"7")
 failed.end.sendall(b"no number")
 killed.forked.kill()
@@ -83,8 +83,8 @@ try:
     os.kill(killed.forked.pid, 0)
 except ProcessLookupError:
     print("nothing of it is left")
-ignoring.end.close()
-print(await ignoring.wait())
+left.end.close()
+print(await left.wait())
 """)
     assert lines[1:] == ["7 1 -9 -15", "nothing of it is left", "0", "done"]
 
