@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import grpc
-
 from serving import rpc
 from serving.config import ServerConfig
 from serving.credentials import read_tokens
@@ -86,33 +84,24 @@ class Tls:
             StartupError: a file is missing or not what it should be, or the key is not the certificate's.
         """
         paths = [cert, key, *([client_ca] if client_ca else [])]
-        self.files = Reloaded("TLS certificates", paths, lambda: _certificates(cert, key, client_ca))
-        self._given = self.files.get()
-        self.credentials = grpc.dynamic_ssl_server_credentials(
-            self._given,
-            self._changed,  # type: ignore[arg-type]  # the types lack the None that gRPC documents
-            client_ca is not None,
-        )
+        self.files = Reloaded("TLS certificates", paths, lambda: _context(cert, key, client_ca))
+        self.context = _context(cert, key, client_ca)  # of every handshake that begins
+        self.context.sni_callback = self._newest
 
-    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Asked by gRPC before each handshake: None when nothing changed."""
-        now = self.files.get()
-        if now is self._given:
-            return None
-        self._given = now
-        return now
+    def _newest(self, handshake: ssl.SSLObject, _name: str | None, _begun: ssl.SSLContext) -> None:
+        """Called by a handshake once the client's first words are there, whether or not they name a server."""
+        handshake.context = self.files.get()
 
 
-def _certificates(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCertificateConfiguration:
-    """Read and check: gRPC itself would only fail every handshake."""
-    contents = {}
+def _context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:
     for option, path in {"--tls-cert": cert, "--tls-key": key, "--tls-client-ca": client_ca}.items():
         if path:
             try:
-                contents[option] = path.read_bytes()
+                path.read_bytes()
             except OSError as error:
                 raise StartupError(f"{option}: {path}: {error.strerror}; want a readable PEM file") from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["h2"])
     try:
         context.load_cert_chain(cert, key, password="")  # not asked for at the terminal
     except (ssl.SSLError, OSError) as error:
@@ -124,12 +113,12 @@ def _certificates(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerC
             f"--tls-cert, --tls-key: {problem}; want PEM files, the server's certificate first, then its issuers"
         ) from error
     if client_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(client_ca)
         except (ssl.SSLError, OSError) as error:
             raise StartupError(f"--tls-client-ca: {client_ca}: no certificate: {error}; want PEM") from error
-    pair = (contents["--tls-key"], contents["--tls-cert"])
-    return grpc.ssl_server_certificate_configuration([pair], contents.get("--tls-client-ca"))
+    return context
 
 
 def tls(config: ServerConfig) -> Tls | None:

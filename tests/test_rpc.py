@@ -1,21 +1,17 @@
 """The gRPC server beneath the services: real channels to handlers of all kinds."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 import time
-import types
 from contextlib import contextmanager
-from pathlib import Path
 
 import grpc
 import pytest
 from conftest import wait_until
 
 from serving import rpc
-from serving.rpc.inbox import Inbox
-from serving.rpc.stream import Requests
+from serving.rpc.messages import prefixed
+from serving.rpc.stream import AHEAD_BYTES, Requests
 
 SERVICE = "test.Service"
 
@@ -100,7 +96,7 @@ def served(handlers, **settings):
     async def start():
         server = started["server"] = rpc.Server(**settings)
         server.add_generic_rpc_handlers((handlers.generic(),))
-        started["port"] = server.add_insecure_port("127.0.0.1:0")
+        started["port"] = server.add_port("127.0.0.1", 0)
         await server.start()
         ready.set()
 
@@ -125,10 +121,12 @@ def served(handlers, **settings):
         loop.close()
 
 
-@pytest.fixture(params=[(), ("echo", "refuse", "fail", "wait", "nap")], ids=["asked first", "read first"])
+@pytest.fixture(params=[(), ("echo", "refuse", "fail", "wait", "nap")], ids=["found first", "read first"])
 def server(request):
+    """With and without somebody who may see to the calls himself, and does not."""
     handlers = Handlers()
-    with served(handlers, read_first=[f"/{SERVICE}/{name}" for name in request.param]) as (channel, stop):
+    direct = rpc.Direct([f"/{SERVICE}/{name}" for name in request.param], lambda data, call: False)
+    with served(handlers, direct=direct) as (channel, stop):
         yield handlers, channel, stop
 
 
@@ -272,57 +270,67 @@ def test_an_interceptor_answers_before_anything_is_read():
     assert handlers.seen == []
 
 
-@pytest.mark.parametrize("read", [False, True])
-def test_calls_are_refused_while_the_loop_is_behind(read):
+def test_calls_are_refused_before_they_are_read():
     asked = []
     refusal = rpc.Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", (("hint-bin", b"\x02"),))
 
-    def refuse(method, events, calls):
-        asked.append(method)
-        return refusal if (calls if read else events) >= 10 else None
+    def refuse(method, coming):
+        asked.append((method, coming))
+        return refusal if coming >= 10 else None
 
     method = f"/{SERVICE}/echo"
     handlers = Handlers()
-    with served(handlers, read_first=[method] * read, limit=rpc.Limit([method], refuse)) as (channel, _):
+    with served(handlers, limit=rpc.Limit([method], refuse)) as (channel, _):
         first = unary(channel, "block").future(b"first", timeout=60)
         assert handlers.started.wait(10)
-        calls = []
-        while not any(call.done() for call in calls):
-            calls.append(unary(channel, "echo").future(b"", timeout=60))
-            time.sleep(0.01)  # the next comes when this one has been read
+        calls = [unary(channel, "echo").future(b"x" * 100_000, timeout=60) for _ in range(30)]
         probe = unary(channel, "nap").future(b"", timeout=60)
+        time.sleep(0.5)  # all of it waits in the server's socket
         handlers.unblock.set()
         errors = [error for call in calls if (error := call.exception())]
-        accepted = len(calls) - len(errors)
-        assert accepted >= 10 if read else accepted == 10  # a call counts as read a little after it came
         assert probe.result() == b"rested"
         assert first.result() == b"first"
-        assert unary(channel, "echo")(b"again") == b"again"
-    assert asked == [method] * (len(calls) + 1)
-    assert {(error.code(), error.details()) for error in errors} == {(refusal.code, "too many")}
+        assert unary(channel, "echo")(b"again", timeout=10) == b"again"
+    assert {name for name, _ in asked} == {method}
+    assert len(asked) == len(calls) + 1
+    assert len(errors) == sum(coming >= 10 for _, coming in asked)
+    assert asked[-1] == (method, 0)
+    assert {(error.code(), error.details()) for error in errors} <= {(refusal.code, "too many")}
     assert all(("hint-bin", b"\x02") in [tuple(pair) for pair in error.trailing_metadata()] for error in errors)
 
 
-def test_a_call_may_be_answered_without_the_loop(caplog):
+def test_what_is_refused_need_not_be_sent(server):
+    """A request of many megabytes, of which the server takes in next to nothing."""
+    refusal = rpc.Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "no", ())
+    limit = rpc.Limit([f"/{SERVICE}/echo"], lambda method, coming: refusal)
+    with served(Handlers(), limit=limit) as (channel, _):
+        for _ in range(5):
+            with pytest.raises(grpc.RpcError) as raised:
+                unary(channel, "echo")(bytes(3 << 20), timeout=10)
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert unary(channel, "nap")(b"", timeout=10) == b"rested"
+
+
+def test_a_call_may_be_answered_without_a_handler(caplog):
     seen = []
 
     def direct(data, call):
-        """Answers on a thread of its own; leaves a call without a request's bytes to the handlers."""
+        """Answers later, told by a thread of its own; leaves a call without a request's bytes to the handlers."""
         if data == b"fails":
             raise ValueError("a secret")
         if data == b"waits":
             seen.append(call)
         elif data == b"refused":
-            threading.Thread(target=call.fail, args=(grpc.StatusCode.NOT_FOUND, "no", (("hint-bin", b"1"),))).start()
+            call.fail(grpc.StatusCode.NOT_FOUND, "no", (("hint-bin", b"1"),))
         elif data:
-            threading.Thread(target=call.end, args=(data + call.details.method.encode(),)).start()
+            threading.Thread(target=call.tell, args=(call.end, data + call.details.method.encode())).start()
         return bool(data)
 
     handlers, method = Handlers(), f"/{SERVICE}/echo"
-    with served(handlers, read_first=[method], direct=direct) as (channel, _):
+    with served(handlers, direct=rpc.Direct([method], direct)) as (channel, _):
         assert unary(channel, "echo")(b"direct ", timeout=10) == b"direct " + method.encode()
         assert unary(channel, "echo")(b"", timeout=10) == b""
-        assert unary(channel, "nap")(b"asked first", timeout=10) == b"rested"
+        assert unary(channel, "nap")(b"found first", timeout=10) == b"rested"
         with pytest.raises(grpc.RpcError) as raised:
             unary(channel, "echo")(b"refused", timeout=10)
         assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.NOT_FOUND, "no")
@@ -336,7 +344,7 @@ def test_a_call_may_be_answered_without_the_loop(caplog):
         assert not seen[0].cancelled()
         leaving.cancel()
         wait_until(lambda: seen[0].cancelled())
-        seen[0].end(b"too late")
+        seen[0].tell(seen[0].end, b"too late")
         assert unary(channel, "echo")(b"goes on ", timeout=10) == b"goes on " + method.encode()
     assert [data for data, *_ in handlers.seen] == [b""]
 
@@ -383,47 +391,44 @@ def test_what_a_stream_had_answered_before_it_failed_arrives(server, caplog):
     assert "a secret" in caplog.text
 
 
-class Core:
-    """A call of the core's that was asked to read, and answers when it is told to."""
+@pytest.mark.parametrize("size", [10, 30_000, 1_000_000])
+def test_a_stream_whose_requests_nobody_takes_holds_its_client_up(size):
+    """What waits is less than what is read ahead and one window; then each that is taken makes room."""
+    widened = []
 
-    def __init__(self):
-        self.asked = []
-
-    def start_server_batch(self, operations, done):
-        self.asked.append(done)
-
-    def read(self, data):
-        operation = types.SimpleNamespace(message=lambda: data)
-        self.asked.pop(0)(types.SimpleNamespace(batch_operations=[operation]))
-
-
-@pytest.mark.parametrize(("size", "most"), [(10, 16), (30_000, 3), (1_000_000, 1)])
-def test_requests_are_read_ahead_as_far_as_there_is_room(size, most):
     async def scenario():
-        core, inbox = Core(), Inbox()
-        inbox.loop = asyncio.get_running_loop()
-        requests = Requests(core, inbox, None)
-        await asyncio.sleep(0.01)
-        assert not core.asked  # nobody wants one
-        first = asyncio.create_task(anext(requests))
-        await asyncio.sleep(0.01)
-        for number in range(100):
-            assert len(core.asked) == 1
-            core.read(bytes([number]) * size)
-            await asyncio.sleep(0.001)
-            if not core.asked:
-                break
-        assert number == most  # and the one that was wanted
-        assert (await first)[0] == 0
-        for expected in range(1, most + 1):
-            assert (await anext(requests))[0] == expected
-            assert len(core.asked) == 1
-        core.read(None)
+        requests = Requests("identity", 1 << 22, None, lambda: widened.append(None))
+        waiting = 0
+        while waiting < AHEAD_BYTES:
+            widened.clear()
+            requests.received(prefixed(bytes(size)), ends=False)
+            waiting += size
+            assert bool(widened) == (waiting < AHEAD_BYTES)
+        while waiting >= AHEAD_BYTES:
+            assert not widened
+            assert await anext(requests) == bytes(size)
+            waiting -= size
+        assert widened
+        requests.received(b"", ends=True)
+        rest = [data async for data in requests]
+        assert len(rest) == waiting // size
         assert [data async for data in requests] == []
-        assert [data async for data in requests] == []
-        assert not core.asked
 
     asyncio.run(scenario())
+
+
+def test_requests_may_come_in_any_pieces():
+    sent = [b"", b"a", b"bc" * 5000, b"", b"d" * 70_000]
+    data = b"".join(map(prefixed, sent))
+
+    async def scenario(step):
+        requests = Requests("identity", 1 << 20, bytes.upper, lambda: None)
+        for at in range(0, len(data), step):
+            requests.received(data[at : at + step], ends=at + step >= len(data))
+        assert [each async for each in requests] == [each.upper() for each in sent]
+
+    for step in (1, 3, 4, 5, 6, 1000, len(data)):
+        asyncio.run(scenario(step))
 
 
 def test_a_stream_that_is_left_is_closed_at_once(server):
@@ -435,40 +440,32 @@ def test_a_stream_that_is_left_is_closed_at_once(server):
 
 
 def test_a_port_that_is_taken():
-    async def bind():
-        first = rpc.Server(options=[("grpc.so_reuseport", 0)])
-        port = first.add_insecure_port("127.0.0.1:0")
-        with pytest.raises(RuntimeError, match=f"127.0.0.1:{port} cannot be bound"):
-            rpc.Server(options=[("grpc.so_reuseport", 0)]).add_insecure_port(f"127.0.0.1:{port}")
-
-    asyncio.run(bind())
-
-
-POLICIES = """
-import asyncio, os, pathlib, threading
-from serving import rpc
-
-async def main():
-    server = rpc.Server()
-    server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    later = threading.Thread(target=print, args=("later", os.sched_getscheduler(0)))
-    later.start()
-    later.join()
-    for task in pathlib.Path("/proc/self/task").iterdir():
-        what = "pump" if int(task.name) == server._pump.native_id else (task / "comm").read_text().strip()
-        print("main" if int(task.name) == os.getpid() else what, os.sched_getscheduler(int(task.name)))
-    await server.stop(None)
-
-asyncio.run(main())
-"""
+    first = rpc.Server()
+    port = first.add_port("127.0.0.1", 0)
+    with pytest.raises(OSError, match="in use"):
+        rpc.Server().add_port("127.0.0.1", port)
+    with pytest.raises(OSError, match="in use"):
+        rpc.Server(options=rpc.Options(reuse_port=True)).add_port("127.0.0.1", port)
+    asyncio.run(first.stop(None))
+    again = rpc.Server()
+    assert again.add_port("127.0.0.1", port) == port
+    asyncio.run(again.stop(None))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
-def test_the_servers_own_threads_interrupt_none_that_computes():
-    words = [sys.executable, "-c", POLICIES]
-    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True, timeout=60)
-    batch, other = "3", "0"  # SCHED_BATCH and SCHED_OTHER
-    policies = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    assert policies.keys() >= {"main", "later", "pump", "event_engine"}
-    assert policies == {name: other if name in ("main", "later") else batch for name in policies}
+@pytest.mark.parametrize("target", ["localhost", "127.0.0.1", "[::1]"])
+def test_a_host_is_listened_on_at_all_its_addresses(target):
+    host = target.strip("[]")
+
+    async def serve():
+        server = rpc.Server()
+        server.add_generic_rpc_handlers((Handlers().generic(),))
+        try:
+            port = server.add_port(host, 0)
+        except OSError as error:
+            pytest.skip(f"{host} is not an address of this machine: {error}")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"{target}:{port}") as channel:
+            assert await channel.unary_unary(f"/{SERVICE}/echo")(b"hello", timeout=10) == b"hello"
+        await server.stop(None)
+
+    asyncio.run(serve())

@@ -1,17 +1,25 @@
-"""A gRPC server for asyncio that costs less than half of what `grpc.aio` does for each call.
+"""A gRPC server on asyncio's own sockets: HTTP/2, and what gRPC makes of it.
 
-`grpc.aio` runs several tasks for a call, and wakes the event loop for each of the core's events. This server takes
-them from the core's completion queue on a thread of its own, the pump, which does what needs no decision; the loop is
-told once for all that came meanwhile. It has what this project's services need of `grpc.aio.Server` and no more, under
-the same names. One more thing differs: a batch of operations that fails gives its memory back
-(https://github.com/grpc/grpc/issues/43360).
+grpcio's servers cost 200 to 400 us of CPU for each call, three times what a small model does, and 130 us for one that
+is refused: its core wakes threads, makes objects and writes to the socket for each call by itself. Here, all that one
+read from a socket brings is taken in at once, and all answers of a batch go out with one write.
 
-`grpc._cython.cygrpc` is not public. It is what both of grpcio's own servers are written in, `grpc._server` alike to
-this one; nothing outside this package knows of it, and the versions of grpcio that are tested are named in
-pyproject.toml.
+It has what this project's services need of `grpc.aio.Server` and no more, under the same names, and knows nothing of
+them. Header compression is the library hpack's; TLS and sockets are the event loop's.
+
+    server.py       ports, handlers, stopping
+    connection.py   frames, windows, limits of one connection
+    call.py         one call, as its handler knows it
+    stream.py       the requests of a stream
+    headers.py      header blocks
+    messages.py     messages with their prefixes, packed or not
+    frames.py       HTTP/2's numbers
+    inbox.py        how other threads reach the event loop
 """
 
-from serving.rpc.call import Aborted, Call, CallDetails, Direct, Handler
-from serving.rpc.server import Find, Limit, Refusal, Server
+from serving.rpc.call import Aborted, Call, Handler
+from serving.rpc.headers import CallDetails
+from serving.rpc.options import Options
+from serving.rpc.server import Direct, Find, Limit, Refusal, Server
 
-__all__ = ["Aborted", "Call", "CallDetails", "Direct", "Find", "Handler", "Limit", "Refusal", "Server"]
+__all__ = ["Aborted", "Call", "CallDetails", "Direct", "Find", "Handler", "Limit", "Options", "Refusal", "Server"]

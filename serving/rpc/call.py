@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
 import grpc
-from grpc._cython import cygrpc  # type: ignore[attr-defined]  # types-grpcio has none of it
 
+from serving.rpc import frames, messages
+from serving.rpc.headers import Head, Metadata, trailers, trailers_only
 from serving.rpc.inbox import Inbox
-from serving.rpc.stream import NO_FLAGS, Answers, Requests
+from serving.rpc.stream import AHEAD_BYTES, Requests
+
+if TYPE_CHECKING:
+    from serving.rpc.connection import Connection
 
 logger = logging.getLogger(__name__)
 
-Metadata = Sequence[tuple[str, str | bytes]]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Direct: TypeAlias = "Callable[[bytes, Call], bool]"
 
-_NEVER_S = 1e12  # 30,000 years: a deadline after that is none
-
-
-class CallDetails(grpc.HandlerCallDetails):
-    """Which method is called, and with which metadata."""
-
-    def __init__(self, method: str, invocation_metadata: Metadata) -> None:
-        self.method = method
-        self.invocation_metadata = tuple(invocation_metadata)
+WINDOW = 1 << 20  # bytes that a client may send for a call before it is told that there is room for more
 
 
 class Aborted(Exception):
@@ -41,56 +35,87 @@ class Host(Protocol):
 
     inbox: Inbox
     limited_calls: int
-    calls_told: int
-    calls_run: int
+    starting: int
 
     @property
-    def direct(self) -> Direct | None:
-        """What may see to a call that was read first."""
+    def max_message_bytes(self) -> int:
+        """Of what is taken in."""
 
-    @property
-    def find(self) -> Callable[[CallDetails], Handler | None]:
-        """What finds the handler."""
+    def complete(self, call: Call, data: bytes) -> None:
+        """The only request of a call is there."""
 
     def run(self, answer: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is kept until it is done."""
 
 
 class Call:
-    """What a handler knows as its context."""
+    """What a handler knows as its context. Everything but `tell` belongs to the event loop."""
 
     __slots__ = (
-        "_answers",
+        "_begun",
         "_code",
-        "_core",
+        "_connection",
         "_counted",
-        "_deadline",
+        "_deadline_s",
         "_details",
-        "_direct",
-        "_first",
+        "_encoding",
+        "_expiry",
         "_gone",
-        "_server",
-        "_started",
+        "_host",
+        "_over",
+        "_parts",
+        "_requests",
+        "_room",
+        "_sender",
+        "_size",
         "_task",
         "_trailing",
         "details",
+        "half_closed",
+        "handler",
+        "last",
+        "stream",
+        "unsent",
+        "window",
     )
 
-    def __init__(self, server: Host, event: Any, method: str, counted: bool) -> None:
-        self.details = CallDetails(method, event.invocation_metadata)
-        self._server = server
-        self._core = event.call
-        self._deadline: float = event.call_details.deadline  # seconds since 1970
-        self._counted = counted  # in `limited_calls`
-        self._direct = False  # whether no handler hears of it
-        self._first: Any = None  # the event that has the first request, where the pump has read it
+    def __init__(self, host: Host, connection: Connection, stream: int, head: Head, window: int, counted: bool) -> None:
+        """Begun.
+
+        Args:
+            host: the server.
+            connection: that it came over.
+            stream: its number there.
+            head: what its headers say.
+            window: bytes that may be sent.
+            counted: in the server's `limited_calls`.
+        """
+        self.details = head.details
+        self.stream = stream
+        self.window = window
+        self.handler: Handler | None = None  # of a unary call, where it was found before the request was there
+        self.half_closed = False  # the client sends no more
+        self.unsent: deque[memoryview] = deque()  # answers that the windows do not let out yet
+        self.last: bytes | None = None  # the header block that comes after them
+        self._host = host
+        self._connection = connection
+        self._encoding = head.encoding
+        self._deadline_s = None if head.timeout_s is None else asyncio.get_running_loop().time() + head.timeout_s
+        self._expiry: asyncio.TimerHandle | None = None
+        self._room = WINDOW  # bytes that may be received
+        self._parts: list[bytes] = []  # of the only request
+        self._size = 0  # it will have, once that is known
+        self._requests: Requests | None = None  # of a stream
+        self._sender: asyncio.Future[None] | None = None  # waits until answers were sent
         self._task: asyncio.Task[None] | None = None
-        self._answers: Answers | None = None  # of a stream
-        self._gone = False
-        self._started = False  # whether initial metadata were sent
+        self._begun = False  # whether anything was sent
+        self._over = False  # whether it was ended from here
+        self._gone = False  # whether nobody waits any more
         self._code: grpc.StatusCode = grpc.StatusCode.OK
         self._details = ""
         self._trailing: Metadata = ()
+        self._counted = counted
+        host.limited_calls += counted
 
     # What handlers use, as `grpc.aio.ServicerContext` has it.
 
@@ -100,14 +125,14 @@ class Call:
 
     def peer(self) -> str:
         """The client's address, such as ipv4:127.0.0.1:50000."""
-        return str(self._core.peer().decode())
+        return self._connection.peer
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline; None where the call has none."""
-        return None if self._deadline > _NEVER_S else max(0.0, self._deadline - time.time())
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - self._connection.now_s())
 
     def cancelled(self) -> bool:
-        """Whether the client has gone or does not wait any more."""
+        """Whether the client has gone or does not wait any more; from any thread."""
         return self._gone
 
     def code(self) -> grpc.StatusCode:
@@ -126,145 +151,176 @@ class Call:
         """End with these metadata."""
         self._trailing = trailing_metadata
 
-    def fail(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata) -> None:
-        """End the call with this status, where no handler does: from any thread."""
-        self._code, self._details, self._trailing = code, details, trailing_metadata
-        self.end()
-
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         """End the call with this status, and the handler with an exception."""
         self._code, self._details, self._trailing = code, details, trailing_metadata
         raise Aborted(details)
 
-    # The core's side of it.
+    # How a call is answered.
 
-    def begin(self, read: bool) -> None:
-        """On the pump: be told when the client goes, and read the first request where that is asked for."""
-        self._server.limited_calls += self._counted
-        self._core.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),), self._closed)
-        if read:
-            self._core.start_server_batch((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._read)
-        else:
-            self._server.inbox.tell(self._run, None)
+    def start(self, handler: Handler, data: bytes | None = None) -> None:
+        """Have a handler answer: a unary one its only request, which must be given; a stream what is there and comes."""
+        if self._deadline_s is not None:
+            self._expiry = asyncio.get_running_loop().call_at(self._deadline_s, self._expire)
+        if handler.stream_stream:
+            parse = handler.request_deserializer
+            requests = self._requests = Requests(self._encoding, self._host.max_message_bytes, parse, self._widen)
+            if data is not None:
+                requests.received(messages.prefixed(data), ends=True)
+            self._task = self._host.run(self._guarded(self._stream(handler, requests)))
+        elif data is not None:
+            self._host.starting += self._counted
+            self._task = self._host.run(self._guarded(self._unary(handler, data)))
 
-    def _read(self, event: Any) -> None:
-        direct = self._server.direct
-        if direct and not self._gone and (data := event.batch_operations[0].message()) is not None:
-            self._direct = self._seen_to(direct, data)
-            if self._direct:
-                return
-        self._server.calls_told += 1
-        self._server.inbox.tell(self._run_first, event)
+    def tell(self, callback: Callable[[Any], None], argument: Any = None) -> None:
+        """Have something called on the event loop; from any thread."""
+        self._host.inbox.tell(callback, argument)
 
-    def _seen_to(self, direct: Direct, data: bytes) -> bool:
-        try:
-            return direct(data, self)
-        except Exception:
-            self._failed()
-            self.end()
-            return True
-
-    def _failed(self) -> None:
-        """In the handling of an exception that was not foreseen."""
-        logger.exception("unexpected error in %s", self.details.method)
-        self._code, self._details = grpc.StatusCode.UNKNOWN, "internal error"
-
-    def _run_first(self, event: Any) -> None:
-        self._server.calls_run += 1
-        self._run(event)
-
-    def _closed(self, event: Any) -> None:
-        self._server.limited_calls -= self._counted
-        if event.batch_operations[0].cancelled():
-            self._gone = True
-            if not self._direct:
-                self._server.inbox.tell(self._leave)
-
-    def _leave(self, _: None) -> None:
-        """On the loop: nobody waits for the answer any more."""
-        if self._task:
-            self._task.cancel()
-
-    def _run(self, first: Any) -> None:
-        """On the loop: have the call answered."""
-        self._first = first
-        if not self._gone:
-            self._task = self._server.run(self._answer())
-
-    async def _answer(self) -> None:
-        try:
-            handler = self._server.find(self.details)
-            if handler is None:
-                self._code, self._details = grpc.StatusCode.UNIMPLEMENTED, "Method not found!"
-            elif handler.unary_unary:
-                await self._unary(handler)
-                return
-            else:
-                await self._stream(handler)
-        except Aborted:
-            pass
-        except Exception:
-            self._failed()
-        if self._answers:
-            await self._answers.sent()
+    def fail(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata = ()) -> None:
+        """End the call with this status, where no handler does."""
+        self._code, self._details, self._trailing = code, details, trailing_metadata
         self.end()
 
-    async def _unary(self, handler: Handler) -> None:
+    def fault(self) -> None:
+        """End the call in the handling of an exception that was not foreseen."""
+        logger.exception("unexpected error in %s", self.details.method)
+        self.fail(grpc.StatusCode.UNKNOWN, "internal error")
+
+    def end(self, answer: bytes | None = None) -> None:
+        """Send the status, after the answer where there is one; nobody waits until it is sent."""
+        if self._over or self._gone:
+            return
+        self._over = True
+        connection = self._connection
+        status = (int(self._code.value[0]), self._details, tuple(self._trailing))
+        if answer is not None and status == _OK:
+            connection.answer(self, answer)
+            return
+        if answer is not None:
+            self._begin()
+            connection.send(self, answer)
+        connection.end(self, trailers(*status) if self._begun else trailers_only(*status))
+
+    async def _guarded(self, answering: Coroutine[Any, Any, None]) -> None:
+        try:
+            await answering
+        except Aborted:
+            self.end()
+        except Exception:
+            self.fault()
+
+    async def _unary(self, handler: Handler, data: bytes) -> None:
+        self._host.starting -= self._counted
         answer: Callable[[Any, Call], Awaitable[Any]] = handler.unary_unary  # type: ignore[assignment]  # of threads
-        event, self._first = self._first, None  # or the request would be kept as long as the call
-        if event is None:
-            event = await self._perform(cygrpc.ReceiveMessageOperation(NO_FLAGS))
-        if (data := event.batch_operations[0].message()) is None:
-            await self.abort(grpc.StatusCode.UNIMPLEMENTED, f"{self.details.method} needs one request, got none")
         request = handler.request_deserializer(data) if handler.request_deserializer else data
         self.end(_encoded(await answer(request, self), handler))
 
-    async def _stream(self, handler: Handler) -> None:
+    async def _stream(self, handler: Handler, requests: Requests) -> None:
         answer: Callable[[Requests, Call], Any] = handler.stream_stream  # type: ignore[assignment]  # of threads
-        inbox = self._server.inbox
-        answers = answer(Requests(self._core, inbox, handler.request_deserializer), self)
-        if not hasattr(answers, "__aiter__"):
+        answers = answer(requests, self)
+        if hasattr(answers, "__aiter__"):
+            async with aclosing(answers):
+                async for response in answers:
+                    self._begin()
+                    self._connection.send(self, _encoded(response, handler))
+                    await self._take_turns()
+        else:
             await answers
+        self.end()
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._connection.begin_answers(self)
+
+    async def _take_turns(self) -> None:
+        """Wait until the client has taken most of the answers."""
+        while sum(map(len, self.unsent)) >= AHEAD_BYTES and not self._gone:
+            self._sender = asyncio.get_running_loop().create_future()
+            try:
+                await self._sender
+            finally:
+                self._sender = None
+        await self._connection.room()
+
+    # What its connection tells.
+
+    def received(self, payload: bytes, size: int, ends: bool) -> None:
+        """Bytes of a request came, in a frame of `size`; with `ends`, no more will."""
+        self._room -= size
+        if self._room < 0:
+            self._connection.reset(self, frames.FLOW_CONTROL_ERROR)
             return
-        self._answers = Answers(self._core, inbox, self._beginning)
-        async with aclosing(answers):
-            async for response in answers:
-                await self._answers.send(_encoded(response, handler))
+        self.half_closed = ends
+        try:
+            if self._requests:
+                self._requests.received(payload, ends)
+            else:
+                self._collect(payload, ends)
+        except messages.Unreadable as problem:
+            self.fail(problem.code, str(problem))
+            self.leave()
 
-    def _beginning(self) -> tuple[Any, ...]:
-        """What has to be sent before anything else, once."""
-        if self._started:
-            return ()
-        self._started = True
-        return (cygrpc.SendInitialMetadataOperation((), NO_FLAGS),)
+    def sent(self) -> None:
+        """The windows have let out all answers there were."""
+        if self._sender and not self._sender.done():
+            self._sender.set_result(None)
 
-    def _perform(self, *operations: Any) -> asyncio.Future[Any]:
-        """Have the core do something; the future is of its event."""
-        future = self._server.inbox.loop.create_future()
+    def leave(self) -> None:
+        """Nobody waits for the answer any more."""
+        self._gone = True
+        if self._task:
+            self._task.cancel()
 
-        def done(event: Any) -> None:
-            self._server.inbox.tell(_set, (future, event))
+    def expel(self, text: str) -> None:
+        """End the call because the server wants no more of it."""
+        self.fail(grpc.StatusCode.UNAVAILABLE, text)
+        self.leave()
 
-        self._core.start_server_batch(operations, done)
-        return future
+    def forgotten(self) -> None:
+        """It has been ended, or its client has gone."""
+        self._host.limited_calls -= self._counted
+        self._counted = False
+        if self._expiry:
+            self._expiry.cancel()
+            self._expiry = None
 
-    def end(self, answer: bytes | None = None) -> None:
-        """Send the status, after the answer where there is one. From any thread; nobody waits until it is sent."""
-        send = () if answer is None else (cygrpc.SendMessageOperation(answer, NO_FLAGS),)
-        number: int = self._code.value[0]
-        status = cygrpc.SendStatusFromServerOperation(self._trailing, number, self._details.encode(), NO_FLAGS)
-        self._core.start_server_batch((*self._beginning(), *send, status), nothing)
+    def _expire(self) -> None:
+        self.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
+        self.leave()
+
+    def _collect(self, payload: bytes, ends: bool) -> None:
+        """The only request, piece by piece."""
+        parts = self._parts
+        if payload:
+            parts.append(payload)
+        if not self._size and parts:
+            if len(parts) > 1 and len(parts[0]) < messages.PREFIX_BYTES:
+                parts[:] = [b"".join(parts)]
+            if len(parts[0]) >= messages.PREFIX_BYTES:
+                self._size = messages.size(parts[0], self._host.max_message_bytes)
+        if not ends:
+            self._widen()
+            return
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        method = self.details.method
+        if not self._size or len(data) < self._size:
+            got = "got none" if not data else "got the beginning of one"
+            raise messages.Unreadable(grpc.StatusCode.UNIMPLEMENTED, f"{method} needs one request, {got}")
+        if len(data) > self._size:
+            raise messages.Unreadable(grpc.StatusCode.UNIMPLEMENTED, f"{method} needs one request, got more")
+        self._host.complete(self, messages.content(data, self._encoding, self._host.max_message_bytes))
+
+    def _widen(self) -> None:
+        """Let the client send more, where it may send little."""
+        if self._room < WINDOW // 2 and not self.half_closed and not self._gone:
+            self._connection.more(self, WINDOW - self._room)
+            self._room = WINDOW
+
+
+_OK = (0, "", ())
 
 
 def _encoded(response: Any, handler: Handler) -> bytes:
     return handler.response_serializer(response) if handler.response_serializer else response
-
-
-def _set(waited: tuple[asyncio.Future[Any], Any]) -> None:
-    future, event = waited
-    if not future.done():
-        future.set_result(event)
-
-
-def nothing(_: Any) -> None:
-    """What the end of an operation needs that nobody waits for."""

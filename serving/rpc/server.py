@@ -1,29 +1,26 @@
-"""The server: ports, the pump, and which handler answers a call."""
+"""The server: where it listens, which handler answers a call, and how it stops."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
-import sys
-import threading
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+import socket
+import ssl
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import grpc
-from grpc._cython import cygrpc  # type: ignore[attr-defined]  # types-grpcio has none of it
 
-from serving.rpc.call import Call, CallDetails, Direct, Handler, Metadata, nothing
+from serving.rpc.call import Call, Handler
+from serving.rpc.connection import Connection
+from serving.rpc.headers import CallDetails, Head, Metadata, trailers_only
 from serving.rpc.inbox import Inbox
-from serving.rpc.stream import NO_FLAGS
-
-logger = logging.getLogger(__name__)
+from serving.rpc.options import Options
 
 Find = Callable[[CallDetails], "Handler | None"]
 Interceptor = Callable[[CallDetails, Find], "Handler | None"]
 
-_ASKED = 32  # calls that the core may hand over at once
+_BACKLOG = 1024  # connections that wait to be taken
 
 
 class Refusal(NamedTuple):
@@ -35,10 +32,17 @@ class Refusal(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """Which calls are refused on the pump: what the loop does not hear of costs it nothing."""
+    """Which calls are refused before they are read: that costs least."""
 
     methods: Collection[str]  # `/service/method`; other calls wait as long as it takes
-    refuse: Callable[[str, int, int], Refusal | None]  # asked for each on the pump, with what `Server.waiting` gives
+    refuse: Callable[[str, int], Refusal | None]  # asked for each, with how many have not come to their handlers yet
+
+
+class Direct(NamedTuple):
+    """What may see to unary calls before a handler is looked for."""
+
+    methods: Collection[str]  # `/service/method`
+    begin: Callable[[bytes, Call], bool]  # given the request; True: the call will be ended by `Call.end` or `Call.fail`
 
 
 class Server:
@@ -47,8 +51,7 @@ class Server:
     def __init__(
         self,
         interceptors: Sequence[Interceptor] = (),
-        options: Sequence[tuple[str, int]] = (),
-        read_first: Collection[str] = (),
+        options: Options | None = None,
         limit: Limit | None = None,
         direct: Direct | None = None,
     ) -> None:
@@ -57,78 +60,71 @@ class Server:
         Args:
             interceptors: each is called for every call before it is read, the first one first, with what finds the
                 handler otherwise; it gives the handler.
-            options: the core's channel arguments.
-            read_first: methods of one request, `/service/method`, that are read before a handler is looked for: one
-                hand-over less. What could be refused unread should not be among them, save to save that time.
-            limit: what is refused before the loop hears of it.
-            direct: asked on the pump for each call that was read first, with its request. True: the call will be ended
-                by `Call.end` or `Call.fail`, on whichever thread, and no interceptor or handler hears of it. Must not
-                block.
+            options: how connections behave.
+            limit: what is refused before anything else hears of it.
+            direct: asked for calls of its methods; where it does not see to one, interceptors and handlers hear of it.
         """
+        self.options = options or Options()
         self.inbox = Inbox()
-        self.find: Find = self._find
+        self.limited_calls = 0  # of the methods of `limit`, that began before `drain` and have not ended
+        self.starting = 0  # of those: they have been read, and their handlers do not run yet
+        self._find: Find = self._handler
         for interceptor in reversed(interceptors):
-            self.find = _around(interceptor, self.find)
+            self._find = _around(interceptor, self._find)
         self._handlers: list[grpc.GenericRpcHandler] = []
-        self._read_first = frozenset(read_first)
-        with _starting_threads_that_wait():
-            self._core = cygrpc.Server(tuple((name.encode(), value) for name, value in options), False)
-            self._queue = cygrpc.CompletionQueue()
-        self._core.register_completion_queue(self._queue)
-        self.limited_calls = 0  # of the methods of `limit`, that began before `drain` and have not ended; by the pump
+        self._limit = limit or Limit((), lambda *_: None)
+        self._direct = direct or Direct((), lambda *_: False)
+        self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
+        self._listening: list[asyncio.Server] = []
+        self._connections: set[Connection] = set()
+        self._empty = asyncio.Event()
         self._draining = False
-        self.calls_told = 0  # of the calls that are read first; counted by the pump
-        self.calls_run = 0  # of those; counted by the loop
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pump = threading.Thread(target=self._poll, name="grpc-pump", daemon=True)
-        self._limit = limit
-        self.direct = direct
-        self._asking = threading.Lock()  # the core fails when it is asked for a call after its shutdown
-        self._stopping = False
-        self._stopped = asyncio.Event()
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Of what is taken in."""
+        return self.options.max_message_bytes
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         """More handlers; the first that has one for a call answers it."""
         self._handlers += handlers
 
-    def add_insecure_port(self, address: str) -> int:
-        """Bind an address `host:port` in plain text; returns the port.
+    def add_port(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
+        """Bind an address, in plain text or with TLS; returns the port.
 
         Raises:
-            RuntimeError: it cannot be bound.
+            OSError: it cannot be bound.
         """
-        return _bound(address, self._core.add_http2_port(address.encode()))
-
-    def add_secure_port(self, address: str, credentials: grpc.ServerCredentials) -> int:
-        """As `add_insecure_port`, with TLS."""
-        core = credentials._credentials  # type: ignore[attr-defined]
-        return _bound(address, self._core.add_http2_port(address.encode(), core))
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(found):
+            bound = _bound(family, (address[0], port, *address[2:]), self.options.reuse_port)
+            self._sockets.append((bound, tls))
+            port = bound.getsockname()[1]  # the same one for every address of the host
+        return port
 
     async def start(self) -> None:
         """Answer calls."""
-        self.inbox.loop = asyncio.get_running_loop()
-        with _starting_threads_that_wait():
-            self._core.start()
-            for _ in range(_ASKED):
-                self._ask()
-            self._pump.start()
+        loop = self.inbox.loop = asyncio.get_running_loop()
+        for bound, tls in self._sockets:
+            self._listening.append(await loop.create_server(lambda: Connection(self), sock=bound, ssl=tls))
+        self._sockets.clear()
 
     async def stop(self, grace: float | None) -> None:
-        """Take no more calls, let those that run finish for `grace` seconds, and cancel the rest."""
-        if not self._pump.is_alive():
-            return
-        with self._asking:
-            if not self._stopping:
-                self._stopping = True
-                self._core.shutdown(self._queue, self._shut_down)
-        try:
-            await asyncio.wait_for(self._stopped.wait(), grace or 0)
-        except TimeoutError:
-            self._core.cancel_all_calls()
-            await self._stopped.wait()
+        """Take no more connections, let the calls that run finish for `grace` seconds, and end the rest."""
+        for bound, _ in self._sockets:
+            bound.close()
+        for listening in self._listening:
+            listening.close()
+        for connection in [*self._connections]:
+            connection.go_away()
+        with contextlib.suppress(TimeoutError):
+            if self._connections:
+                await asyncio.wait_for(self._empty.wait(), grace or 0)
+        for connection in [*self._connections]:
+            connection.abort("the server has stopped")
         if self._tasks:
             await asyncio.wait(self._tasks)
-        await asyncio.to_thread(self._pump.join)
 
     def run(self, answer: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is kept until it is done."""
@@ -142,89 +138,91 @@ class Server:
         self._draining = True
         return lambda: self.limited_calls
 
-    def waiting(self) -> tuple[int, int]:
-        """On the pump: how many events wait for the loop, and how many of them are calls that were read first."""
-        return len(self.inbox), self.calls_told - self.calls_run
+    # What connections tell.
 
-    def _poll(self) -> None:
-        """The pump: every event of the core, until there will be no more."""
-        poll = self._queue.poll
-        while True:
-            event = poll()
-            if event.completion_type == cygrpc.CompletionType.queue_shutdown:
-                return
+    def opened(self, connection: Connection) -> None:
+        """A client has connected."""
+        self._connections.add(connection)
+        self._empty.clear()
+
+    def closed(self, connection: Connection) -> None:
+        """It has gone, or was sent away."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    def call(self, connection: Connection, stream: int, head: Head, window: int) -> Call | bytes:
+        """A new call, or the header block that refuses it unread."""
+        method = head.details.method
+        limited = method in self._limit.methods
+        if limited and (refusal := self._limit.refuse(method, self.starting)):
+            return trailers_only(refusal.code.value[0], refusal.details, tuple(refusal.trailing_metadata))
+        return Call(self, connection, stream, head, window, limited and not self._draining)
+
+    def begin(self, call: Call) -> None:
+        """Look for a handler, unless there is one that wants the request first; streams begin at once."""
+        if call.details.method not in self._direct.methods and (handler := self._found(call)):
+            if handler.stream_stream:
+                call.start(handler)
+            else:
+                call.handler = handler
+
+    def complete(self, call: Call, data: bytes) -> None:
+        """The only request of a call is there."""
+        handler = call.handler
+        if handler is None:
             try:
-                event.tag(event)
-            except Exception:  # the other calls must go on
-                logger.exception("unexpected error in the server")
-            del event  # or a call would live until the next event comes
+                if self._direct.begin(data, call):
+                    return
+            except Exception:
+                call.fault()
+                return
+            handler = self._found(call)
+        if handler:
+            call.start(handler, data)
 
-    def _called(self, event: Any) -> None:
-        if not event.success:  # the server stops
-            return
-        self._ask()
-        method = event.call_details.method.decode()
-        limit = self._limit
-        limited = limit is not None and method in limit.methods
-        if limit and limited and (refusal := limit.refuse(method, *self.waiting())):
-            _refuse(event.call, refusal)
-        else:
-            counted = limited and not self._draining
-            Call(self, event, method, counted).begin(read=method in self._read_first)
+    def _found(self, call: Call) -> Handler | None:
+        """The handler; None where the call was ended because there is none."""
+        try:
+            handler = self._find(call.details)
+        except Exception:
+            call.fault()
+            return None
+        if handler is None:
+            call.fail(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        return handler
 
-    def _ask(self) -> None:
-        """Let the core hand over one more call."""
-        with self._asking:
-            if not self._stopping:
-                self._core.request_call(self._queue, self._queue, self._called)
-
-    def _shut_down(self, _: Any) -> None:
-        """Every call has ended."""
-        self._queue.shutdown()
-        self.inbox.tell(lambda _: self._stopped.set())
-
-    def _find(self, details: CallDetails) -> Handler | None:
+    def _handler(self, details: CallDetails) -> Handler | None:
         for handler in self._handlers:
             if found := handler.service(details):
                 return found
         return None
 
 
-@contextlib.contextmanager
-def _starting_threads_that_wait() -> Iterator[None]:
-    """Threads that are started meanwhile interrupt no other that computes, such as a model's, but wait their turn.
-
-    They have a little to do for each event, and in overload there are thousands a second. Where a core is idle nothing
-    changes: https://man7.org/linux/man-pages/man7/sched.7.html, SCHED_BATCH.
-    """
-    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:  # what somebody chose stays
-        yield
-        return
-    with contextlib.suppress(PermissionError):  # a sandbox may forbid it
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-
-
-def _refuse(core: Any, refusal: Refusal) -> None:
-    """On the pump: end a call unread, with one event of the core."""
-    number, details = refusal.code.value[0], refusal.details.encode()
-    operations = (
-        cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),
-        cygrpc.SendInitialMetadataOperation((), NO_FLAGS),
-        cygrpc.SendStatusFromServerOperation(refusal.trailing_metadata, number, details, NO_FLAGS),
-    )
-    core.start_server_batch(operations, nothing)
-
-
 def _around(interceptor: Interceptor, find: Find) -> Find:
     return lambda details: interceptor(details, find)
 
 
-def _bound(address: str, port: int) -> int:
-    if port == 0:
-        raise RuntimeError(f"{address} cannot be bound")
-    return port
+def _bound(family: int, address: Any, reuse_port: bool) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        OSError: somebody else does, or the address is not this machine's.
+    """
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows, where SO_REUSEADDR would share the port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+        bound.bind(address)
+        bound.listen(_BACKLOG)  # or two that are bound could both be
+        bound.setblocking(False)
+    except OSError:
+        bound.close()
+        raise
+    return bound

@@ -1,7 +1,8 @@
-"""ModelInfer calls that are answered without the event loop, which would cost a small request more than its model does.
+"""ModelInfer calls that are answered without a task, which would cost a small request more than all else but its model.
 
-gRPC's thread puts a prepared request to its model, and the model's thread sends the answer: between the two there is
-one hand-over. What is not prepared, or must be seen by somebody else, goes the way of all other calls.
+The connection that reads a prepared request puts it to its model at once, and what the model's thread has computed is
+sent as soon as the event loop hears of it: of a whole batch at a time. What is not prepared, or must be seen by
+somebody else, goes the way of all other calls.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import functools
 import grpc
 
 from protos import open_inference as pb
-from serving import logs
+from serving import logs, rpc
 from serving.request_queue import Withdrawn
-from serving.rpc import Call
 from serving.scheduler import Request
 from serving.services import deadline
 from serving.services.gate import Gate
@@ -24,30 +24,20 @@ from serving.statistics import Rpcs
 METHOD = f"{pb.SERVICE}/ModelInfer"
 
 
-class Direct:
-    """Answers what it can on the threads of gRPC and of the model."""
+def direct(prepared: PreparedRequests, rpcs: Rpcs, gate: Gate, max_message_bytes: int) -> rpc.Direct:
+    """What sees to the calls that are prepared, and leaves the others to their handlers."""
 
-    def __init__(self, prepared: PreparedRequests, rpcs: Rpcs, gate: Gate, max_message_bytes: int) -> None:
-        self._prepared = prepared
-        self._rpcs = rpcs
-        self._gate = gate
-        self._max_bytes = max_message_bytes
-
-    def begin(self, data: bytes, call: Call) -> bool:
-        """Whether a call will be answered; else somebody else must. On gRPC's thread.
-
-        Args:
-            data: its request.
-            call: of any method that takes one request.
-        """
-        if call.details.method[1:] != METHOD or self._gate.closed or len(data) > self._max_bytes:
+    def begin(data: bytes, call: rpc.Call) -> bool:
+        if gate.closed or len(data) > max_message_bytes:
             return False
         try:
-            waiting = self._prepared.submit(data, deadline(call), functools.partial(_Waiting, call, self._rpcs))
+            waiting = prepared.submit(data, deadline(call), functools.partial(_Waiting, call, rpcs))
         except Exception as error:
-            _fail(call, self._rpcs, error)
+            _fail(call, rpcs, error)
             return True
         return waiting is not None
+
+    return rpc.Direct({f"/{METHOD}"}, begin)
 
 
 class _Waiting:
@@ -55,13 +45,17 @@ class _Waiting:
 
     __slots__ = ("_call", "_rpcs", "_running", "gone")
 
-    def __init__(self, call: Call, rpcs: Rpcs, running: Running) -> None:
+    def __init__(self, call: rpc.Call, rpcs: Rpcs, running: Running) -> None:
         self._call = call
         self._rpcs = rpcs
         self._running = running
         self.gone = call.cancelled
 
     def answered(self, request: Request) -> None:
+        """Have it sent: the model's thread has the next batch to run."""
+        self._call.tell(self._send, request)
+
+    def _send(self, request: Request) -> None:
         """Send the answer, or the error."""
         call, error = self._call, request.error
         if error is None and call.cancelled():
@@ -79,7 +73,7 @@ class _Waiting:
         _fail(call, self._rpcs, error)
 
 
-def _fail(call: Call, rpcs: Rpcs, error: Exception) -> None:
+def _fail(call: rpc.Call, rpcs: Rpcs, error: Exception) -> None:
     """End a call that is not answered, as `serving.services` ends all others."""
     if isinstance(error, Withdrawn):
         rpcs.call_ended(METHOD, "CANCELLED")
