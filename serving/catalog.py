@@ -78,6 +78,7 @@ class Catalog:
     def __init__(self) -> None:
         self._models: dict[str, Model] = {}
         self._labels: dict[str, Labels] = {}
+        self.only: ServedModel | None = None  # the version that is served, where there is but one
 
     def statuses(self) -> list[Status]:
         """Every version known, by model name and then by number."""
@@ -89,7 +90,7 @@ class Catalog:
         Raises:
             QueueFull: it may not, and is counted as refused.
         """
-        if served := self._only():
+        if served := self.only:
             start_ns = time.monotonic_ns()
             try:
                 served.scheduler.check_room()
@@ -97,16 +98,9 @@ class Catalog:
                 served.statistics.failed(start_ns)
                 raise
 
-    def refusal(self, coming: int) -> tuple[ServedModel, QueueFull] | None:
-        """What `check_room` would raise when `coming` more requests wait, and for which version; from any thread."""
-        if (served := self._only()) and (error := served.scheduler.refusal(coming)):
-            return served, error
-        return None
-
-    def _only(self) -> ServedModel | None:
-        """The version that is served, where there is but one."""
-        served = [served for model in tuple(self._models.values()) for served in model.served]
-        return served[0] if len(served) == 1 else None
+    def _changed(self) -> None:
+        served = [served for model in self._models.values() for served in model.served]
+        self.only = served[0] if len(served) == 1 else None
 
     def answering(self) -> dict[str, bool]:
         """Whether a version is READY, of every model known."""
@@ -162,6 +156,11 @@ class Catalog:
 
     def _put(self, name: str, statuses: Iterable[Status]) -> None:
         self._models[name] = Model(statuses, self._labels.get(name) or Labels())
+        self._changed()
+
+    def _drop(self, name: str) -> None:
+        self._models.pop(name, None)
+        self._changed()
 
     def _model(self, name: str) -> Model:
         return self._models.get(name) or Model((), Labels())

@@ -308,7 +308,7 @@ class Repository(Catalog):
         if left:
             self._put(name, left)
         else:
-            self._models.pop(name, None)
+            self._drop(name)
             self._labels.pop(name, None)
 
     def _drain(self, name: str, versions: Collection[str]) -> None:

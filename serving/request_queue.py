@@ -87,7 +87,9 @@ class Request:
     ) -> None:
         self.inputs = inputs
         self.rows = rows
-        self.nbytes = sum(array.nbytes for array in inputs.values())
+        self.nbytes = 0
+        for array in inputs.values():
+            self.nbytes += array.nbytes
         self.deadline_ns = deadline_ns
         self.queued_ns = queued_ns
         self.waiter = waiter

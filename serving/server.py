@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import pickle
 import signal
 import sys
-import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,7 @@ from serving.security import TokenGuard, tls
 from serving.services import handler
 from serving.services.classifier import ClassifierService
 from serving.services.direct import direct
-from serving.services.gate import Gate, pause
+from serving.services.gate import Gate
 from serving.services.health import HealthService
 from serving.services.open_inference import OpenInferenceService
 from serving.services.overload import Overload
@@ -99,7 +99,6 @@ class Server:
         shared = (self._rpcs, self._gate, config)
         self._server.add_generic_rpc_handlers(
             (
-                # The health service goes on being answered when the gate is closed.
                 handler(self._health, _HEALTH, Rpcs(), self._gate, config),  # probes are not counted
                 self._gate,
                 handler(self._classifier, _CLASSIFIER, *shared),
@@ -224,11 +223,11 @@ class Server:
             self._polling.cancel()
         self.repository.retire()
         self._health.stop()
-        await pause(self._config.drain_delay_s, hurry)
-        until = time.monotonic() + self._config.drain_s
-        await self._gate.close(hurry, self._server.drain(), self._config.drain_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(hurry.wait(), self._config.drain_delay_s)
+        self._gate.close()
         self._health.close()
-        finishing = asyncio.create_task(self._server.stop(max(0.0, until - time.monotonic())))
+        finishing = asyncio.create_task(self._server.stop(self._config.drain_s))
         hurried = asyncio.create_task(hurry.wait())
         await asyncio.wait({finishing, hurried}, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()

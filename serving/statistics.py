@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 # 100 us to 10 s in steps of 1, 2, 5.
 DURATION_BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
@@ -21,8 +21,7 @@ DropReason = Literal["queue_full", "queue_bytes", "expired", "cancelled"]
 DROP_REASONS: tuple[DropReason, ...] = get_args(DropReason)
 
 
-@dataclass(frozen=True, slots=True)
-class Stages:
+class Stages(NamedTuple):
     """When a request went through the stages, in `time.monotonic_ns()`, and its number of rows."""
 
     rows: int
@@ -145,6 +144,12 @@ class Statistics(_Locked):
         """Count a request that the model was not run for; it has to be counted by `failed` too."""
         with self.lock:
             self.drops[reason] += 1
+
+    def refused(self, start_ns: int) -> None:
+        """Count a request for which the queue had no room, as both `dropped` and `failed` count it."""
+        with self.lock:
+            self.drops["queue_full"] += 1
+            self.fail.add(time.monotonic_ns() - start_ns)
 
     def succeeded(self, start_ns: int, stages: Stages) -> None:
         """Count a request that began to be decoded at `start_ns`, of `time.monotonic_ns()`, and is encoded now."""

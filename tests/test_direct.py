@@ -1,7 +1,6 @@
-"""Calls that are answered without the event loop: that they are, and that all else is as it is for other calls."""
+"""Calls that are answered without a task: that they are, and that all else is as it is for other calls."""
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ import pytest
 from conftest import MODEL, Held, Running, holding, running, wait_until
 
 from protos import open_inference as pb
+from serving import rpc
 from serving.statistics import Statistics
 
 INFER = pb.RPCS["ModelInfer"].path
@@ -48,31 +48,19 @@ def asked_before(repository, monkeypatch, **settings) -> Iterator[tuple[Running,
         yield server, backend, infer
 
 
-@contextmanager
-def stuck(server: Running) -> Iterator[None]:
-    """The event loop does nothing meanwhile."""
-    began, go_on = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        began.set()
-        go_on.wait(30)
-
-    server.loop.call_soon_threadsafe(wait)
-    assert began.wait(10)
-    yield
-    go_on.set()
-
-
-def test_the_event_loop_has_no_part_in_it(repository):
+def test_no_task_has_a_part_in_it(repository, monkeypatch):
+    tasks = []
+    run = rpc.Server.run
+    monkeypatch.setattr(rpc.Server, "run", lambda server, answer: tasks.append(answer) or run(server, answer))
     with running(repository) as server, grpc.insecure_channel(server.address) as channel:
         infer = channel.unary_unary(INFER)
-        by_the_loop = [infer(message(value, "one"), timeout=20) for value in (0, 200)]
-        channel.unary_unary(INFER)(message(0, "two"), timeout=20)
-        with stuck(server):
-            assert [infer(message(value, "one"), timeout=20) for value in (0, 200)] == by_the_loop
-            assert pb.ModelInferResponse.FromString(infer(message(7, "another"), timeout=20)).id == "another"
-            assert ended(server) == {"OK": 6}
-            assert statistics(server).success.count == 6
+        by_tasks = [infer(message(value, request_id), timeout=20) for value, request_id in ((0, "one"), (200, "two"))]
+        assert len(tasks) == 1  # the first one taught how the others are answered
+        assert [infer(message(value, name), timeout=20) for value, name in ((0, "one"), (200, "two"))] == by_tasks
+        assert pb.ModelInferResponse.FromString(infer(message(7, "another"), timeout=20)).id == "another"
+        assert len(tasks) == 1
+        assert ended(server) == {"OK": 5}
+        assert statistics(server).success.count == 5
 
 
 @pytest.mark.parametrize("settings", [{"log_requests": "all"}, {"token_file": "token"}])

@@ -1,4 +1,4 @@
-"""What is refused on gRPC's thread, and that it is counted as what the event loop refuses is."""
+"""What is refused before it is read, and that it is counted as what is refused later."""
 
 import math
 
@@ -57,22 +57,22 @@ class Gate:
     closed = False
 
 
-def make(watched: object = None, max_queue: int = 2):
+def make(watched: object = None):
     catalog, rpcs, gate = Catalog(), Rpcs(), Gate()
-    judge = Overload(catalog, rpcs, gate, max_queue, watched)
+    judge = Overload(catalog, rpcs, gate, watched)
     return catalog, rpcs, gate, judge
 
 
 def test_requests_on_their_way_to_the_queue_need_room_too():
     catalog, rpcs, _, judge = make()
     catalog.wait()
-    assert judge.refuse(INFER, 1, 0) is None
-    assert judge.refuse(INFER, 1, 1).details == FULL
+    assert judge.refuse(INFER, 0) is None
+    assert judge.refuse(INFER, 1).details == FULL
     catalog.wait()
-    assert judge.refuse(INFER, 0, 0).details == FULL
+    assert judge.refuse(INFER, 0).details == FULL
     catalog.queue.take()
-    assert judge.refuse(INFER, 0, 0).details == FULL  # those that run count
-    assert judge.refuse(INFER, 0, 0) is judge.refuse(INFER, 0, 0)
+    assert judge.refuse(INFER, 0).details == FULL  # those that run count
+    assert judge.refuse(INFER, 0) is judge.refuse(INFER, 0)
     assert rpcs.ended == {(INFER[1:], "RESOURCE_EXHAUSTED"): 5}
     assert catalog.statistics.drops == {"queue_full": 5}
     assert catalog.statistics.fail.count == 5
@@ -82,7 +82,7 @@ def test_who_left_makes_room():
     catalog, rpcs, _, judge = make()
     catalog.wait().left = True
     catalog.wait()
-    assert judge.refuse(INFER, 0, 0) is None
+    assert judge.refuse(INFER, 0) is None
     assert len(catalog.queue) == 1
     assert catalog.statistics.drops == {"cancelled": 1}
     assert not rpcs.ended
@@ -94,7 +94,7 @@ def test_a_refusal_says_when_to_try_again():
     catalog.wait()
 
     def retry_s() -> float:
-        refusal = judge.refuse(INFER, 0, 0)
+        refusal = judge.refuse(INFER, 0)
         status = status_pb2.Status.FromString(dict(refusal.trailing_metadata)["grpc-status-details-bin"])
         assert (status.code, status.message) == (refusal.code.value[0], refusal.details)
         info = error_details_pb2.RetryInfo()
@@ -110,8 +110,7 @@ def test_what_must_see_every_call_does():
     catalog, _, _, judge = make(watched=object())
     catalog.wait()
     catalog.wait()
-    assert judge.refuse(INFER, 0, 0) is None
-    assert judge.refuse(INFER, 64, 0).details.startswith("more calls wait than the server can come to (--max-queue)")
+    assert judge.refuse(INFER, 0) is None
 
 
 def test_a_closed_gate_says_what_becomes_of_calls():
@@ -119,15 +118,7 @@ def test_a_closed_gate_says_what_becomes_of_calls():
     catalog.wait()
     catalog.wait()
     gate.closed = True
-    assert judge.refuse(INFER, 0, 0) is None
-
-
-@pytest.mark.parametrize(("max_queue", "most"), [(2, 64), (100, 100)])
-def test_so_many_events_may_wait_for_the_loop(max_queue, most):
-    _, rpcs, _, judge = make(max_queue=max_queue)
-    assert judge.refuse(INFER, most - 1, 0) is None
-    assert judge.refuse(INFER, most, 0).code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert rpcs.ended == {(INFER[1:], "RESOURCE_EXHAUSTED"): 1}
+    assert judge.refuse(INFER, 0) is None
 
 
 def test_a_server_refuses_and_counts(repository, monkeypatch):

@@ -34,7 +34,6 @@ class Host(Protocol):
     """What a call needs of its server."""
 
     inbox: Inbox
-    limited_calls: int
     starting: int
 
     @property
@@ -51,35 +50,27 @@ class Host(Protocol):
 class Call:
     """What a handler knows as its context. Everything but `tell` belongs to the event loop."""
 
-    __slots__ = (
-        "_begun",
-        "_code",
-        "_connection",
-        "_counted",
-        "_deadline_s",
-        "_details",
-        "_encoding",
-        "_expiry",
-        "_gone",
-        "_host",
-        "_over",
-        "_parts",
-        "_requests",
-        "_room",
-        "_sender",
-        "_size",
-        "_task",
-        "_trailing",
-        "details",
-        "half_closed",
-        "handler",
-        "last",
-        "stream",
-        "unsent",
-        "window",
-    )
+    # As most calls leave it: what a call does not need costs it nothing.
+    handler: Handler | None = None  # of a unary call, where it was found before the request was there
+    half_closed = False  # the client sends no more
+    unsent: deque[memoryview] | None = None  # answers that the windows do not let out yet
+    last: bytes | None = None  # the header block that comes after them
+    _deadline_s: float | None = None  # by the loop's clock
+    _expiry: asyncio.TimerHandle | None = None
+    _room = WINDOW  # bytes that may be received
+    _parts: list[bytes] | None = None  # of the only request
+    _requests: Requests | None = None  # of a stream
+    _sender: asyncio.Future[None] | None = None  # waits until answers were sent
+    _task: asyncio.Task[None] | None = None
+    _starting = False  # counted in the server's `starting`
+    _begun = False  # whether anything was sent
+    _over = False  # whether it was ended from here
+    _gone = False  # whether nobody waits any more
+    _code = grpc.StatusCode.OK
+    _details = ""
+    _trailing: Metadata = ()
 
-    def __init__(self, host: Host, connection: Connection, stream: int, head: Head, window: int, counted: bool) -> None:
+    def __init__(self, host: Host, connection: Connection, stream: int, head: Head, window: int, limited: bool) -> None:
         """Begun.
 
         Args:
@@ -88,34 +79,17 @@ class Call:
             stream: its number there.
             head: what its headers say.
             window: bytes that may be sent.
-            counted: in the server's `limited_calls`.
+            limited: to be counted in the server's `starting`.
         """
         self.details = head.details
         self.stream = stream
         self.window = window
-        self.handler: Handler | None = None  # of a unary call, where it was found before the request was there
-        self.half_closed = False  # the client sends no more
-        self.unsent: deque[memoryview] = deque()  # answers that the windows do not let out yet
-        self.last: bytes | None = None  # the header block that comes after them
         self._host = host
         self._connection = connection
         self._encoding = head.encoding
-        self._deadline_s = None if head.timeout_s is None else asyncio.get_running_loop().time() + head.timeout_s
-        self._expiry: asyncio.TimerHandle | None = None
-        self._room = WINDOW  # bytes that may be received
-        self._parts: list[bytes] = []  # of the only request
-        self._size = 0  # it will have, once that is known
-        self._requests: Requests | None = None  # of a stream
-        self._sender: asyncio.Future[None] | None = None  # waits until answers were sent
-        self._task: asyncio.Task[None] | None = None
-        self._begun = False  # whether anything was sent
-        self._over = False  # whether it was ended from here
-        self._gone = False  # whether nobody waits any more
-        self._code: grpc.StatusCode = grpc.StatusCode.OK
-        self._details = ""
-        self._trailing: Metadata = ()
-        self._counted = counted
-        host.limited_calls += counted
+        self._limited = limited
+        if head.timeout_s is not None:
+            self._deadline_s = connection.now_s() + head.timeout_s
 
     # What handlers use, as `grpc.aio.ServicerContext` has it.
 
@@ -159,7 +133,7 @@ class Call:
     # How a call is answered.
 
     def start(self, handler: Handler, data: bytes | None = None) -> None:
-        """Have a handler answer: a unary one its only request, which must be given; a stream what is there and comes."""
+        """Have a handler answer: a unary one its only request, which must be given, a stream whatever comes."""
         if self._deadline_s is not None:
             self._expiry = asyncio.get_running_loop().call_at(self._deadline_s, self._expire)
         if handler.stream_stream:
@@ -167,10 +141,11 @@ class Call:
             requests = self._requests = Requests(self._encoding, self._host.max_message_bytes, parse, self._widen)
             if data is not None:
                 requests.received(messages.prefixed(data), ends=True)
-            self._task = self._host.run(self._guarded(self._stream(handler, requests)))
+            self._task = self._host.run(self._guarded(self._stream, handler, requests))
         elif data is not None:
-            self._host.starting += self._counted
-            self._task = self._host.run(self._guarded(self._unary(handler, data)))
+            self._starting = self._limited
+            self._host.starting += self._starting
+            self._task = self._host.run(self._guarded(self._unary, handler, data))
 
     def tell(self, callback: Callable[[Any], None], argument: Any = None) -> None:
         """Have something called on the event loop; from any thread."""
@@ -192,25 +167,25 @@ class Call:
             return
         self._over = True
         connection = self._connection
-        status = (int(self._code.value[0]), self._details, tuple(self._trailing))
-        if answer is not None and status == _OK:
+        if answer is not None and self._code is grpc.StatusCode.OK and not self._trailing:
             connection.answer(self, answer)
             return
+        status = (int(self._code.value[0]), self._details, tuple(self._trailing))
         if answer is not None:
             self._begin()
             connection.send(self, answer)
         connection.end(self, trailers(*status) if self._begun else trailers_only(*status))
 
-    async def _guarded(self, answering: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, answer: Callable[[Handler, Any], Awaitable[None]], handler: Handler, asked: Any) -> None:
         try:
-            await answering
+            await answer(handler, asked)
         except Aborted:
             self.end()
         except Exception:
             self.fault()
 
     async def _unary(self, handler: Handler, data: bytes) -> None:
-        self._host.starting -= self._counted
+        self._has_started()
         answer: Callable[[Any, Call], Awaitable[Any]] = handler.unary_unary  # type: ignore[assignment]  # of threads
         request = handler.request_deserializer(data) if handler.request_deserializer else data
         self.end(_encoded(await answer(request, self), handler))
@@ -235,7 +210,7 @@ class Call:
 
     async def _take_turns(self) -> None:
         """Wait until the client has taken most of the answers."""
-        while sum(map(len, self.unsent)) >= AHEAD_BYTES and not self._gone:
+        while self.unsent and sum(map(len, self.unsent)) >= AHEAD_BYTES and not self._gone:
             self._sender = asyncio.get_running_loop().create_future()
             try:
                 await self._sender
@@ -279,11 +254,15 @@ class Call:
 
     def forgotten(self) -> None:
         """It has been ended, or its client has gone."""
-        self._host.limited_calls -= self._counted
-        self._counted = False
+        self._has_started()
         if self._expiry:
             self._expiry.cancel()
             self._expiry = None
+
+    def _has_started(self) -> None:
+        if self._starting:
+            self._starting = False
+            self._host.starting -= 1
 
     def _expire(self) -> None:
         self.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
@@ -291,35 +270,33 @@ class Call:
 
     def _collect(self, payload: bytes, ends: bool) -> None:
         """The only request, piece by piece."""
+        most = self._host.max_message_bytes
+        if self._parts is None:
+            if ends and len(payload) >= messages.PREFIX_BYTES and messages.size(payload, most) == len(payload):
+                self._host.complete(self, messages.content(payload, self._encoding, most))  # it came as a whole
+                return
+            self._parts = []
         parts = self._parts
-        if payload:
-            parts.append(payload)
-        if not self._size and parts:
-            if len(parts) > 1 and len(parts[0]) < messages.PREFIX_BYTES:
-                parts[:] = [b"".join(parts)]
-            if len(parts[0]) >= messages.PREFIX_BYTES:
-                self._size = messages.size(parts[0], self._host.max_message_bytes)
+        parts.append(payload)
+        if len(parts[0]) < messages.PREFIX_BYTES:
+            parts[:] = [b"".join(parts)]
+        size = messages.size(parts[0], most) if len(parts[0]) >= messages.PREFIX_BYTES else 0
         if not ends:
             self._widen()
             return
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        data = b"".join(parts)
         parts.clear()
-        method = self.details.method
-        if not self._size or len(data) < self._size:
-            got = "got none" if not data else "got the beginning of one"
-            raise messages.Unreadable(grpc.StatusCode.UNIMPLEMENTED, f"{method} needs one request, {got}")
-        if len(data) > self._size:
-            raise messages.Unreadable(grpc.StatusCode.UNIMPLEMENTED, f"{method} needs one request, got more")
-        self._host.complete(self, messages.content(data, self._encoding, self._host.max_message_bytes))
+        if not size or len(data) != size:
+            got = "none" if not data else "more" if size and len(data) > size else "the beginning of one"
+            problem = f"{self.details.method} needs one request, got {got}"
+            raise messages.Unreadable(grpc.StatusCode.UNIMPLEMENTED, problem)
+        self._host.complete(self, messages.content(data, self._encoding, most))
 
     def _widen(self) -> None:
         """Let the client send more, where it may send little."""
         if self._room < WINDOW // 2 and not self.half_closed and not self._gone:
             self._connection.more(self, WINDOW - self._room)
             self._room = WINDOW
-
-
-_OK = (0, "", ())
 
 
 def _encoded(response: Any, handler: Handler) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Protocol, cast
 
-from serving.rpc import frames
+from serving.rpc import frames, messages
 from serving.rpc.call import WINDOW, Call
 from serving.rpc.frames import Fault, frame, number
 from serving.rpc.headers import MAX_BYTES, RESPONSE, TRAILERS_OK, Head, Reader
@@ -323,7 +324,7 @@ class Connection(asyncio.Protocol):
 
     def answer(self, call: Call, message: bytes) -> None:
         """The only answer of a call, and its end."""
-        size = 5 + len(message)
+        size = messages.PREFIX_BYTES + len(message)
         if size > self._window or size > call.window or size > self._max_frame:
             self.begin_answers(call)
             self.send(call, message)
@@ -332,8 +333,8 @@ class Connection(asyncio.Protocol):
         self._window -= size
         self._strikes = 0
         stream = number(call.stream)
-        data = frames.head(frames.DATA, 0, size)
-        prefix = b"\0" + number(size - 5)
+        data = size.to_bytes(3, "big") + b"\0\0"  # the head of a DATA frame
+        prefix = b"\0" + len(message).to_bytes(4, "big")
         self._write(
             b"".join((_RESPONSE_HEAD, stream, RESPONSE, data, stream, prefix, message, _OK_HEAD, stream, TRAILERS_OK))
         )
@@ -345,7 +346,9 @@ class Connection(asyncio.Protocol):
 
     def send(self, call: Call, message: bytes) -> None:
         """One answer, as far as the windows let it out."""
-        call.unsent.append(memoryview(b"".join((b"\0", number(len(message)), message))))
+        if call.unsent is None:
+            call.unsent = deque()
+        call.unsent.append(memoryview(messages.prefixed(message)))
         self._send(call)
 
     def now_s(self) -> float:
@@ -416,7 +419,7 @@ class Connection(asyncio.Protocol):
             return
         self._blocked.pop(call.stream, None)
         call.forgotten()
-        call.unsent.clear()
+        call.unsent = None
         if self._final and not self.calls:
             self._hang_up()
 

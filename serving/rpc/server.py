@@ -66,8 +66,7 @@ class Server:
         """
         self.options = options or Options()
         self.inbox = Inbox()
-        self.limited_calls = 0  # of the methods of `limit`, that began before `drain` and have not ended
-        self.starting = 0  # of those: they have been read, and their handlers do not run yet
+        self.starting = 0  # calls of the methods of `limit` that have been read, and whose handlers do not run yet
         self._find: Find = self._handler
         for interceptor in reversed(interceptors):
             self._find = _around(interceptor, self._find)
@@ -78,7 +77,6 @@ class Server:
         self._listening: list[asyncio.Server] = []
         self._connections: set[Connection] = set()
         self._empty = asyncio.Event()
-        self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -133,11 +131,6 @@ class Server:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def drain(self) -> Callable[[], int]:
-        """What tells how many calls of the methods of `limit` still run that have begun by now."""
-        self._draining = True
-        return lambda: self.limited_calls
-
     # What connections tell.
 
     def opened(self, connection: Connection) -> None:
@@ -157,7 +150,7 @@ class Server:
         limited = method in self._limit.methods
         if limited and (refusal := self._limit.refuse(method, self.starting)):
             return trailers_only(refusal.code.value[0], refusal.details, tuple(refusal.trailing_metadata))
-        return Call(self, connection, stream, head, window, limited and not self._draining)
+        return Call(self, connection, stream, head, window, limited)
 
     def begin(self, call: Call) -> None:
         """Look for a handler, unless there is one that wants the request first; streams begin at once."""

@@ -1,16 +1,13 @@
 """What new calls meet before they are parsed, while the server stops or has more to do than it can.
 
-gRPC's own shutdown cancels every call that has arrived and is not handled yet: under load, many. So calls are refused
-here first, with a status that tells clients to try another server, until hardly any arrive. And to refuse a call
-unparsed costs much less than to parse and then refuse it: under overload that decides whether there is time left for
-the requests that were accepted.
+A client that has not heard yet that the server stops is told to try another one. And to refuse a call unparsed costs
+much less than to parse and then refuse it: under overload that decides whether there is time left for the requests that
+were accepted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Generic, TypeVar
 
@@ -22,10 +19,6 @@ from serving.services.statuses import to_status, trailing_metadata
 from serving.statistics import Rpcs
 
 STOPPING = "the server is stopping; try again, with another one"
-
-_ROUND_S = 0.05
-_QUIET = 4  # rounds without a call that end it, where there were calls before
-_ROUNDS = 20  # in which nothing runs; they end it in any case: there are clients that do not mind being refused
 
 Request = TypeVar("Request")
 
@@ -60,14 +53,12 @@ class Gate(grpc.GenericRpcHandler):
         self._inference = inference
         self._check_room = check_room
         self._rpcs = rpcs
-        self._refused = 0
         self._open: set[Requests[Any]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Called by gRPC for each call; None leaves it to the next handler."""
         method = handler_call_details.method
         if self.closed:
-            self._refused += 1
             return refusal(Unavailable(STOPPING), method)
         if method in self._inference:
             try:
@@ -77,31 +68,11 @@ class Gate(grpc.GenericRpcHandler):
                 return refusal(error, method)
         return None
 
-    async def close(self, hurry: asyncio.Event, running: Callable[[], int], most_s: float) -> None:
-        """Refuse new calls, and read no more requests from streams: those that were read are answered.
-
-        Whoever gets an answer may call again at once. So this returns when no call runs and no more came for a moment:
-        after `most_s` seconds at the latest, or when in a hurry.
-
-        Args:
-            hurry: set by whoever will not wait.
-            running: how many calls for inference that came before have not ended, streams aside.
-            most_s: how long calls may go on running.
-        """
+    def close(self) -> None:
+        """Refuse new calls, and read no more requests from streams: those that were read are answered."""
         self.closed = True
         for requests in self._open:
             requests.cut()
-        until = time.monotonic() + most_s
-        needed, quiet, rounds = 1, 0, 0
-        while quiet < needed and rounds < _ROUNDS and time.monotonic() < until and not hurry.is_set():
-            refused = self._refused
-            runs = running()
-            await pause(_ROUND_S, hurry)
-            if runs or self._refused != refused:
-                needed, quiet = _QUIET, 0
-            else:
-                quiet += 1
-            rounds += not runs
 
     def requests(self, source: AsyncIterator[bytes], parse: Callable[[bytes], Request]) -> Requests[Request]:
         """A stream's requests as they come in, until its client ends it or the gate is closed."""
@@ -152,9 +123,3 @@ class Requests(Generic[Request]):
         self.is_cut = True
         if self._reader:
             self._reader.cancel()
-
-
-async def pause(seconds: float, hurry: asyncio.Event) -> None:
-    """Wait, but not when in a hurry."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(hurry.wait(), seconds)

@@ -11,12 +11,14 @@ import time
 from serving import logs
 from serving.catalog import Catalog
 from serving.errors import STATUS, QueueFull
+from serving.loading import ServedModel
 from serving.rpc import Refusal
 from serving.services.gate import Gate
 from serving.services.statuses import trailing_metadata
 from serving.statistics import Rpcs
 
 _CODE = STATUS[QueueFull]
+_LOOK_NS = 10_000_000  # how long one look at a full queue serves: the time to try again is told no finer
 
 
 class Overload:
@@ -26,7 +28,7 @@ class Overload:
         """Everything has room yet.
 
         Args:
-            catalog: knows whether the queue of the only model is full.
+            catalog: knows which model is the only one: where there are several, a call has to be read first.
             rpcs: where refused calls are counted.
             gate: once it is closed, it says what becomes of calls.
             watched: something that must see every call.
@@ -35,7 +37,9 @@ class Overload:
         self._rpcs = rpcs
         self._gate = gate
         self._watched = bool(watched)
-        self._full: tuple[str, float, Refusal] = ("", 0.0, _refusal(QueueFull("")))  # the last one's text, time, result
+        self._last: Refusal | None = None  # holds for whoever comes before the next look
+        self._of: ServedModel | None = None
+        self._look_ns = 0
 
     def refuse(self, method: str, coming: int) -> Refusal | None:
         """How a call ends at once, where it must, which is then counted.
@@ -44,21 +48,19 @@ class Overload:
             method: `/service/method`.
             coming: calls that will need room in the queue too.
         """
-        if self._watched or self._gate.closed:
+        served = self._catalog.only
+        if served is None or self._watched or self._gate.closed or not served.scheduler.queue.is_full(coming):
             return None
-        start_ns = time.monotonic_ns()
-        if (found := self._catalog.refusal(coming)) is None:
-            return None
-        served, error = found
-        served.statistics.dropped("queue_full")
-        served.statistics.failed(start_ns)
-        text, retry_s, refusal = self._full
-        if text != str(error) or retry_s != error.retry_s:
-            refusal = _refusal(error)
-            self._full = (refusal.details, error.retry_s, refusal)
+        now_ns = time.monotonic_ns()
+        if served is not self._of or now_ns >= self._look_ns:
+            if (error := served.scheduler.refusal(coming)) is None:
+                return None  # some of those that waited had left
+            self._last, self._of, self._look_ns = _refusal(error), served, now_ns + _LOOK_NS
+        assert self._last
+        served.statistics.refused(now_ns)
         self._rpcs.call_ended(method[1:], _CODE.name)
-        logs.refused(_CODE.name, refusal.details, lambda: logs.about(method, "", ()))
-        return refusal
+        logs.refused(_CODE.name, self._last.details, lambda: logs.about(method, "", ()))
+        return self._last
 
 
 def _refusal(error: QueueFull) -> Refusal:
