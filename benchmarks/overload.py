@@ -2,9 +2,10 @@
 
     python -m benchmarks.overload --repository exported --model mnist --seconds 60
 
-Finds the most requests a second that it answers, then offers twice as many, whatever it answers. Accepted requests must
-keep a bounded latency, the others must be refused with RESOURCE_EXHAUSTED and quickly, memory must stay flat, and as
-many requests must be answered as before.
+Finds the most requests a second that it answers, then offers twice as many, whatever it answers, and finds the most
+again. Accepted requests must keep a bounded latency, the others must be refused with RESOURCE_EXHAUSTED and quickly,
+memory must stay flat, and as many requests must be answered as before and after: of both, so that a machine whose speed
+drifts is not taken for a server that gives way.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             with Sampler(running.pid) as sampler:
                 result = run_load(offered, options.processes)
             stolen_since = stolen.share()
+            after = _peak(load, options.processes, console)
     except BundleError as error:
         print(f"error: {error} (`make demo` gets the data, trains and exports)", file=sys.stderr)
         return 2
@@ -88,13 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
     settled = sampler.after(options.warmup + options.seconds / 3)
     growth = memory_slope(settled) * (settled[-1].at_s - settled[0].at_s) / 60
     bound_ms = options.most_ms or 2 * options.max_queue / peak * 1e3
-    checks = judge(result, peak, options.seconds, growth, bound_ms)
+    checks = judge(result, peak, after, options.seconds, growth, bound_ms)
     table = Table("demand", "measured", "")
     for check in checks:
         table.add_row(check.demand, check.measured, "met" if check.passed else "[red]NOT MET")
     console.print(table)
     if options.json:
         report: dict[str, Any] = {"machine": describe(), "peak_requests_per_s": peak, **asdict(result)}
+        report |= {"peak_after_requests_per_s": after}
         report |= {"stolen_at_peak": stolen_at_peak, "stolen_since": stolen_since}
         report |= {"samples": sampler.samples, "checks": [asdict(check) for check in checks]}
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +141,13 @@ def _peak(load: Load, processes: int, console: Console) -> float:
     return statistics.median(rates)
 
 
-def judge(result: Result, peak: float, seconds: float, growth_mb: float, bound_ms: float) -> list[Check]:
+def judge(result: Result, peak: float, after: float, seconds: float, growth_mb: float, bound_ms: float) -> list[Check]:
     """What is demanded of a server under twice its peak.
 
     Args:
         result: of the overload.
-        peak: requests a second that it answered before.
+        peak: requests a second that it answered before; twice as many were offered.
+        after: and afterwards.
         seconds: for how long it was overloaded.
         growth_mb: of its memory in the later part, 10^6 bytes.
         bound_ms: the most that the p99 of accepted requests may be.
@@ -170,9 +174,9 @@ def judge(result: Result, peak: float, seconds: float, growth_mb: float, bound_m
         ),
         Check(f"memory grows <= {MOST_GROWTH_MB:g} MB", f"{growth_mb:+.1f} MB", growth_mb <= MOST_GROWTH_MB),
         Check(
-            f"throughput >= {LEAST_OF_PEAK:.0%} of the peak",
-            f"{result.requests_per_s / peak:.1%}",
-            result.requests_per_s >= LEAST_OF_PEAK * peak,
+            f"throughput >= {LEAST_OF_PEAK:.0%} of the peaks before and after, {peak:,.0f} and {after:,.0f}",
+            f"{result.requests_per_s / ((peak + after) / 2):.1%}",
+            result.requests_per_s >= LEAST_OF_PEAK * (peak + after) / 2,
         ),
     ]
 

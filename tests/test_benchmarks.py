@@ -238,7 +238,7 @@ def overloaded(**changes):
     ],
 )
 def test_each_demand_under_overload_can_fail(changes, growth_mb, failing):
-    checks = overload.judge(overloaded(**changes), peak=100, seconds=10, growth_mb=growth_mb, bound_ms=100)
+    checks = overload.judge(overloaded(**changes), peak=100, after=100, seconds=10, growth_mb=growth_mb, bound_ms=100)
     assert [place for place, check in enumerate(checks) if not check.passed] == ([] if failing is None else [failing])
 
 
@@ -254,6 +254,7 @@ def test_overload(repository, tmp_path, more):
     assert code == (0 if all(check["passed"] for check in written["checks"]) else 1)
     assert len(written["checks"]) == 6
     assert written["peak_requests_per_s"] > 0
+    assert written["peak_after_requests_per_s"] > 0
     assert 0 <= written["stolen_at_peak"] < 1
     assert 0 <= written["stolen_since"] < 1
     assert written["statuses"]["OK"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
@@ -55,7 +56,7 @@ class Call:
     half_closed = False  # the client sends no more
     unsent: deque[memoryview] | None = None  # answers that the windows do not let out yet
     last: bytes | None = None  # the header block that comes after them
-    _deadline_s: float | None = None  # by the loop's clock
+    _deadline_s: float | None = None  # as `time.monotonic()` counts; the event loop's clock moves in steps
     _expiry: asyncio.TimerHandle | None = None
     _room = WINDOW  # bytes that may be received
     _parts: list[bytes] | None = None  # of the only request
@@ -89,7 +90,7 @@ class Call:
         self._encoding = head.encoding
         self._limited = limited
         if head.timeout_s is not None:
-            self._deadline_s = connection.now_s() + head.timeout_s
+            self._deadline_s = time.monotonic() + head.timeout_s
 
     # What handlers use, as `grpc.aio.ServicerContext` has it.
 
@@ -103,7 +104,7 @@ class Call:
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline; None where the call has none."""
-        return None if self._deadline_s is None else max(0.0, self._deadline_s - self._connection.now_s())
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
 
     def cancelled(self) -> bool:
         """Whether the client has gone or does not wait any more; from any thread."""
@@ -135,7 +136,8 @@ class Call:
     def start(self, handler: Handler, data: bytes | None = None) -> None:
         """Have a handler answer: a unary one its only request, which must be given, a stream whatever comes."""
         if self._deadline_s is not None:
-            self._expiry = asyncio.get_running_loop().call_at(self._deadline_s, self._expire)
+            remaining_s = self._deadline_s - time.monotonic()
+            self._expiry = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
         if handler.stream_stream:
             parse = handler.request_deserializer
             requests = self._requests = Requests(self._encoding, self._host.max_message_bytes, parse, self._widen)

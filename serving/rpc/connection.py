@@ -119,11 +119,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._room.clear()
-        self._transport.pause_reading()  # who does not read the answers may ask no more
+        if not self._transport.is_closing():
+            self._transport.pause_reading()  # who does not read the answers may ask no more
 
     def resume_writing(self) -> None:
         self._room.set()
-        self._transport.resume_reading()
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def connection_lost(self, _error: Exception | None) -> None:
         for timer in self._timers.values():
@@ -350,10 +352,6 @@ class Connection(asyncio.Protocol):
             call.unsent = deque()
         call.unsent.append(memoryview(messages.prefixed(message)))
         self._send(call)
-
-    def now_s(self) -> float:
-        """By the loop's clock."""
-        return self._loop.time()
 
     async def room(self) -> None:
         """Wait until the socket takes more."""
