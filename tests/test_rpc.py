@@ -391,27 +391,41 @@ def test_what_a_stream_had_answered_before_it_failed_arrives(server, caplog):
     assert "a secret" in caplog.text
 
 
+class Source:
+    """What requests are of, and what it was told."""
+
+    def __init__(self):
+        self.widened = []
+
+    def widen(self):
+        self.widened.append(None)
+
+    def taken(self, size):
+        """Nobody counts."""
+
+
 @pytest.mark.parametrize("size", [10, 30_000, 1_000_000])
 def test_a_stream_whose_requests_nobody_takes_holds_its_client_up(size):
     """What waits is less than what is read ahead and one window; then each that is taken makes room."""
-    widened = []
+    source = Source()
+    widened = source.widened
 
     async def scenario():
-        requests = Requests("identity", 1 << 22, None, lambda: widened.append(None))
+        requests = Requests(source, "identity", 1 << 22, None)
         waiting = 0
         while waiting < AHEAD_BYTES:
             widened.clear()
             requests.received(prefixed(bytes(size)), ends=False)
-            waiting += size
+            waiting += 5 + size
             assert bool(widened) == (waiting < AHEAD_BYTES)
         while waiting >= AHEAD_BYTES:
             assert not widened
             assert await anext(requests) == bytes(size)
-            waiting -= size
+            waiting -= 5 + size
         assert widened
         requests.received(b"", ends=True)
         rest = [data async for data in requests]
-        assert len(rest) == waiting // size
+        assert len(rest) == waiting // (5 + size)
         assert [data async for data in requests] == []
 
     asyncio.run(scenario())
@@ -422,7 +436,7 @@ def test_requests_may_come_in_any_pieces():
     data = b"".join(map(prefixed, sent))
 
     async def scenario(step):
-        requests = Requests("identity", 1 << 20, bytes.upper, lambda: None)
+        requests = Requests(Source(), "identity", 1 << 20, bytes.upper)
         for at in range(0, len(data), step):
             requests.received(data[at : at + step], ends=at + step >= len(data))
         assert [each async for each in requests] == [each.upper() for each in sent]

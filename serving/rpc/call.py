@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
+_TURN = 32  # answers of a stream, after which others have theirs
 WINDOW = 1 << 20  # bytes that a client may send for a call before it is told that there is room for more
 
 
@@ -60,6 +61,8 @@ class Call:
     _expiry: asyncio.TimerHandle | None = None
     _room = WINDOW  # bytes that may be received
     _parts: list[bytes] | None = None  # of the only request
+    _held = 0  # bytes of requests that the connection keeps
+    _answers = 0  # of a stream, that were sent
     _requests: Requests | None = None  # of a stream
     _sender: asyncio.Future[None] | None = None  # waits until answers were sent
     _task: asyncio.Task[None] | None = None
@@ -135,12 +138,10 @@ class Call:
 
     def start(self, handler: Handler, data: bytes | None = None) -> None:
         """Have a handler answer: a unary one its only request, which must be given, a stream whatever comes."""
-        if self._deadline_s is not None:
-            remaining_s = self._deadline_s - time.monotonic()
-            self._expiry = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
+        self._watch()
         if handler.stream_stream:
             parse = handler.request_deserializer
-            requests = self._requests = Requests(self._encoding, self._host.max_message_bytes, parse, self._widen)
+            requests = self._requests = Requests(self, self._encoding, self._host.max_message_bytes, parse)
             if data is not None:
                 requests.received(messages.prefixed(data), ends=True)
             self._task = self._host.run(self._guarded(self._stream, handler, requests))
@@ -183,6 +184,9 @@ class Call:
             await answer(handler, asked)
         except Aborted:
             self.end()
+        except asyncio.CancelledError:  # not by `leave`: what it waited for was
+            self.fail(grpc.StatusCode.CANCELLED, "")
+            raise
         except Exception:
             self.fault()
 
@@ -219,6 +223,9 @@ class Call:
             finally:
                 self._sender = None
         await self._connection.room()
+        self._answers += 1
+        if self._answers % _TURN == 0:
+            await asyncio.sleep(0)  # or a handler that never waits would leave no time to others
 
     # What its connection tells.
 
@@ -231,12 +238,12 @@ class Call:
         self.half_closed = ends
         try:
             if self._requests:
+                self._hold(len(payload))
                 self._requests.received(payload, ends)
             else:
                 self._collect(payload, ends)
         except messages.Unreadable as problem:
-            self.fail(problem.code, str(problem))
-            self.leave()
+            self.refuse(problem)
 
     def sent(self) -> None:
         """The windows have let out all answers there were."""
@@ -257,11 +264,19 @@ class Call:
     def forgotten(self) -> None:
         """It has been ended, or its client has gone."""
         self._has_started()
+        self.taken(self._held)
         if self._expiry:
             self._expiry.cancel()
             self._expiry = None
 
+    def _watch(self) -> None:
+        """End it at its deadline."""
+        if self._deadline_s is not None and self._expiry is None:
+            remaining_s = self._deadline_s - time.monotonic()
+            self._expiry = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
+
     def _has_started(self) -> None:
+        """Its handler runs, or never will."""
         if self._starting:
             self._starting = False
             self._host.starting -= 1
@@ -279,22 +294,48 @@ class Call:
                 return
             self._parts = []
         parts = self._parts
-        parts.append(payload)
-        if len(parts[0]) < messages.PREFIX_BYTES:
+        if payload:
+            parts.append(payload)
+            self._hold(len(payload))
+        if len(parts) > 1 and len(parts[0]) < messages.PREFIX_BYTES:
             parts[:] = [b"".join(parts)]
-        size = messages.size(parts[0], most) if len(parts[0]) >= messages.PREFIX_BYTES else 0
+        size = messages.size(parts[0], most) if parts and len(parts[0]) >= messages.PREFIX_BYTES else 0
+        if size and self._held > size:
+            raise self._wants_one("more")
         if not ends:
-            self._widen()
+            self._watch()
+            self.widen()
             return
+        if not size or self._held < size:
+            raise self._wants_one("the beginning of one" if parts else "none")
         data = b"".join(parts)
         parts.clear()
-        if not size or len(data) != size:
-            got = "none" if not data else "more" if size and len(data) > size else "the beginning of one"
-            problem = f"{self.details.method} needs one request, got {got}"
-            raise messages.Unreadable(grpc.StatusCode.UNIMPLEMENTED, problem)
+        self.taken(size)
         self._host.complete(self, messages.content(data, self._encoding, most))
 
-    def _widen(self) -> None:
+    def _wants_one(self, got: str) -> messages.Unreadable:
+        problem = f"{self.details.method} needs one request, got {got}"
+        return messages.Unreadable(grpc.StatusCode.UNIMPLEMENTED, problem)
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        if not self._connection.hold(size):
+            problem = "the unfinished requests of this connection take too much memory"
+            raise messages.Unreadable(grpc.StatusCode.RESOURCE_EXHAUSTED, problem)
+
+    # What its stream of requests tells, too.
+
+    def taken(self, size: int) -> None:
+        """Bytes of a request need not be kept any more."""
+        self._held -= size
+        self._connection.hold(-size)
+
+    def refuse(self, problem: messages.Unreadable) -> None:
+        """End the call because of a request that cannot be taken in."""
+        self.fail(problem.code, str(problem))
+        self.leave()
+
+    def widen(self) -> None:
         """Let the client send more, where it may send little."""
         if self._room < WINDOW // 2 and not self.half_closed and not self._gone:
             self._connection.more(self, WINDOW - self._room)

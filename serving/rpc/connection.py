@@ -17,6 +17,8 @@ MAX_STREAMS = 4096  # calls of one connection at a time; clients let others wait
 _MAX_FRAME = 1 << 18
 _TOP_UP = 1 << 29  # bytes after which the connection's own window, which never holds anybody up, is opened again
 _BUFFERED = 1 << 20  # bytes that may wait for the socket before a client that reads nothing is read no more
+_MOST_RESIZED = 100  # times in a second that a client may change the windows of all calls
+_MOST_HELD = 4  # of the largest messages, that the unread and unfinished requests of all calls may come to
 _STRIKES = 2  # pings that may come too early
 
 _RESPONSE_HEAD = frames.head(frames.HEADERS, frames.END_HEADERS, len(RESPONSE))
@@ -25,6 +27,9 @@ _OK_HEAD = frames.head(frames.HEADERS, _TRAILERS, len(TRAILERS_OK))
 
 _ALIVE = b"alive..."  # what the server's own pings say
 _LAST = b"last...."
+
+_TABLE = 4096  # bytes of a client's table of headers, unless it says otherwise
+_WHY = 200  # bytes of an explanation
 
 
 class Host(Protocol):
@@ -63,10 +68,13 @@ class Connection(asyncio.Protocol):
         self._reader = Reader()
         self._last = 0  # the newest stream
         self._refused: set[int] = set()  # streams that were ended before their client had
+        self._held = 0  # bytes of requests that are not complete, or that nobody has taken yet
         self._taken = 0  # bytes since the connection's window was opened
         self._window = frames.DEFAULT_WINDOW  # bytes that may be sent
         self._first_window = frames.DEFAULT_WINDOW  # of a new stream
         self._max_frame = frames.DEFAULT_MAX_FRAME
+        self._resized, self._resized_s = 0, 0.0  # how often, since when
+        self._table = b""  # what the next header block must say of its table
         self._blocked: dict[int, Call] = {}  # those that have more to send than the windows let out
         self._room: asyncio.Event = asyncio.Event()  # the socket takes more
         self._room.set()
@@ -102,6 +110,8 @@ class Connection(asyncio.Protocol):
             self._later("age", options.max_connection_age_s, self._grow_old)
 
     def data_received(self, data: bytes) -> None:
+        if self._transport.is_closing():
+            return  # TLS may give what had come before
         self._heard_s = self._loop.time()
         if self._rest:
             data = self._rest + data
@@ -124,6 +134,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._room.set()
+        self._heard_s = self._loop.time()  # a sign of life
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -152,6 +163,7 @@ class Connection(asyncio.Protocol):
         while size - at >= frames.HEAD_BYTES:
             high, low, kind, flags, stream = head(data, at)
             length = high << 8 | low
+            stream &= frames.LARGEST
             if length > _MAX_FRAME:
                 raise Fault(frames.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             begin = at + frames.HEAD_BYTES
@@ -189,10 +201,14 @@ class Connection(asyncio.Protocol):
         if flags & (frames.PADDED | frames.PRIORITISED):
             payload = frames.unpadded(flags, payload)
             if flags & frames.PRIORITISED:
+                if len(payload) < 5:
+                    raise Fault(frames.FRAME_SIZE_ERROR, "HEADERS without their priority")
                 payload = payload[5:]
         if not flags & frames.END_HEADERS:
             self._block = (stream, flags, payload)
             return
+        if len(payload) > 4 * MAX_BYTES:
+            raise Fault(frames.ENHANCE_YOUR_CALM, f"a header block of {len(payload)} bytes")
         head = self._reader.read(payload)
         ends = bool(flags & frames.END_STREAM)
         if stream > self._last and stream & 1:
@@ -211,7 +227,7 @@ class Connection(asyncio.Protocol):
             return
         call = head.refusal or self._host.call(self, stream, head, self._first_window)
         if isinstance(call, bytes):
-            self._write(frame(frames.HEADERS, _TRAILERS, stream, call))
+            self._write(self._block_of(frames.END_STREAM, stream, call))
             if not ends:
                 self._refused.add(stream)
             return
@@ -221,6 +237,8 @@ class Connection(asyncio.Protocol):
             call.received(b"", 0, True)
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if stream and kind in (frames.PING, frames.SETTINGS, frames.GOAWAY):
+            raise Fault(frames.PROTOCOL_ERROR, f"a frame of kind {kind} on stream {stream}")
         if kind == frames.WINDOW_UPDATE:
             self._widen(stream, payload)
         elif kind == frames.RST_STREAM:
@@ -240,7 +258,7 @@ class Connection(asyncio.Protocol):
             raise Fault(frames.PROTOCOL_ERROR, f"CONTINUATION of nothing, on stream {stream}")
         _, first, begun = self._block
         begun += payload
-        if len(begun) > 4 * MAX_BYTES or not payload:
+        if len(begun) > 4 * MAX_BYTES or not (payload or flags & frames.END_HEADERS):
             raise Fault(frames.ENHANCE_YOUR_CALM, "a header block that does not end")
         self._block = (stream, first, begun)
         if flags & frames.END_HEADERS:
@@ -249,31 +267,54 @@ class Connection(asyncio.Protocol):
 
     def _set(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:
+            if payload:
+                raise Fault(frames.FRAME_SIZE_ERROR, "acknowledged SETTINGS with values")
             return
-        for name, value in frames.read_settings(payload):
-            if name == frames.INITIAL_WINDOW_SIZE:
-                for call in self.calls.values():
-                    call.window += value - self._first_window
-                self._first_window = value
-            elif name == frames.MAX_FRAME_SIZE:
-                self._max_frame = value
+        values = frames.read_settings(payload)
+        if any(name == frames.HEADER_TABLE_SIZE and value < _TABLE for name, value in values):
+            self._table = b"\x20"  # none is used
+        settings = dict(values)
+        self._max_frame = settings.get(frames.MAX_FRAME_SIZE, self._max_frame)
+        more = settings.get(frames.INITIAL_WINDOW_SIZE, self._first_window) - self._first_window
+        if more:
+            self._resize(more)
         self._write(frame(frames.SETTINGS, frames.ACK, 0))
-        self._flush()
+        if more > 0:
+            self._flush()
+
+    def _resize(self, more: int) -> None:
+        """Change the windows of all calls."""
+        now = self._loop.time()
+        if now - self._resized_s >= 1:
+            self._resized, self._resized_s = 0, now
+        self._resized += 1
+        if self._resized > _MOST_RESIZED:
+            raise Fault(frames.ENHANCE_YOUR_CALM, "windows that do not stay")
+        self._first_window += more
+        for call in self.calls.values():
+            call.window += more
+            if call.window > frames.LARGEST:
+                raise Fault(frames.FLOW_CONTROL_ERROR, f"a window of {call.window} bytes")
 
     def _widen(self, stream: int, payload: bytes) -> None:
         if len(payload) != 4:
             raise Fault(frames.FRAME_SIZE_ERROR, f"WINDOW_UPDATE of {len(payload)} bytes")
         more = int.from_bytes(payload, "big") & frames.LARGEST
         if not stream:
+            if not more:
+                raise Fault(frames.PROTOCOL_ERROR, "a window widened by nothing")
             self._window += more
-            if not more or self._window > frames.LARGEST:
+            if self._window > frames.LARGEST:
                 raise Fault(frames.FLOW_CONTROL_ERROR, f"a window of {self._window} bytes")
+            self._flush()
         elif call := self.calls.get(stream):
             call.window += more
             if not more or call.window > frames.LARGEST:
-                self.reset(call, frames.FLOW_CONTROL_ERROR)
-        if self._blocked:
-            self._flush()
+                self.reset(call, frames.FLOW_CONTROL_ERROR if more else frames.PROTOCOL_ERROR)
+            elif stream in self._blocked:
+                self._send(call)
+        elif stream > self._last:
+            raise Fault(frames.PROTOCOL_ERROR, f"WINDOW_UPDATE of stream {stream}, which is not open")
 
     def _reset(self, stream: int, payload: bytes) -> None:
         if len(payload) != 4:
@@ -327,7 +368,7 @@ class Connection(asyncio.Protocol):
     def answer(self, call: Call, message: bytes) -> None:
         """The only answer of a call, and its end."""
         size = messages.PREFIX_BYTES + len(message)
-        if size > self._window or size > call.window or size > self._max_frame:
+        if size > self._window or size > call.window or size > self._max_frame or self._table:
             self.begin_answers(call)
             self.send(call, message)
             self.end(call, TRAILERS_OK)
@@ -344,7 +385,7 @@ class Connection(asyncio.Protocol):
 
     def begin_answers(self, call: Call) -> None:
         """The headers before the first answer."""
-        self._write(b"".join((_RESPONSE_HEAD, number(call.stream), RESPONSE)))
+        self._write(self._block_of(0, call.stream, RESPONSE))
 
     def send(self, call: Call, message: bytes) -> None:
         """One answer, as far as the windows let it out."""
@@ -368,6 +409,11 @@ class Connection(asyncio.Protocol):
         self._forget(call)
         call.leave()
 
+    def hold(self, size: int) -> bool:
+        """Keep so many bytes more of the calls' requests, or fewer; whether there is room for them."""
+        self._held += size
+        return self._held <= _MOST_HELD * self._host.options.max_message_bytes
+
     def more(self, call: Call, size: int) -> None:
         """Let a client send so many bytes more."""
         self._write(frame(frames.WINDOW_UPDATE, 0, call.stream, number(size)))
@@ -389,7 +435,7 @@ class Connection(asyncio.Protocol):
             else:
                 unsent[0] = unsent[0][size:]
         if not unsent and call.last is not None:
-            out.append(frame(frames.HEADERS, _TRAILERS, call.stream, call.last))
+            out.append(self._block_of(frames.END_STREAM, call.stream, call.last))
         if out:
             self._write(b"".join(out))
         if unsent:
@@ -402,7 +448,22 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         for call in [*self._blocked.values()]:
+            if self._window <= 0:
+                break
             self._send(call)
+
+    def _block_of(self, flags: int, stream: int, block: bytes) -> bytes:
+        """The frames of a header block."""
+        if self._table:
+            block, self._table = self._table + block, b""
+        most = self._max_frame
+        if len(block) <= most:
+            return frame(frames.HEADERS, flags | frames.END_HEADERS, stream, block)
+        out = [frame(frames.HEADERS, flags, stream, block[:most])]
+        for at in range(most, len(block), most):
+            last = frames.END_HEADERS * (at + most >= len(block))
+            out.append(frame(frames.CONTINUATION, last, stream, block[at : at + most]))
+        return b"".join(out)
 
     # How calls and the connection end.
 
@@ -445,7 +506,7 @@ class Connection(asyncio.Protocol):
         self._end(frames.NO_ERROR, b"")
 
     def _end(self, code: int, why: bytes) -> None:
-        self._write(frame(frames.GOAWAY, 0, 0, number(self._last) + number(code) + why))
+        self._write(frame(frames.GOAWAY, 0, 0, number(self._last) + number(code) + why[:_WHY]))
         self._hang_up()
         for call in [*self.calls.values()]:
             self._forget(call)
@@ -470,13 +531,13 @@ class Connection(asyncio.Protocol):
             self._later("silence", options.keepalive_time_s - silent_s, self._look)
             return
         self._write(frame(frames.PING, 0, 0, _ALIVE))
-        asked_s = self._loop.time()
+        asked_s, unsent = self._loop.time(), self._transport.get_write_buffer_size()
 
         def give_up() -> None:
-            if self._heard_s < asked_s:
-                self._transport.abort()
-            else:
+            if self._heard_s >= asked_s or self._transport.get_write_buffer_size() < unsent:  # or it takes, slowly
                 self._look()
+            else:
+                self._transport.abort()
 
         self._later("silence", options.keepalive_timeout_s, give_up)
 

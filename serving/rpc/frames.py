@@ -74,6 +74,8 @@ def read_settings(payload: bytes) -> list[tuple[int, int]]:
         raise Fault(FRAME_SIZE_ERROR, f"SETTINGS of {len(payload)} bytes")
     values = list(_SETTING.iter_unpack(payload))
     for name, value in values:
+        if name == ENABLE_PUSH and value > 1:
+            raise Fault(PROTOCOL_ERROR, f"push set to {value}")
         if name == INITIAL_WINDOW_SIZE and value > LARGEST:
             raise Fault(FLOW_CONTROL_ERROR, f"an initial window of {value} bytes")
         if name == MAX_FRAME_SIZE and not DEFAULT_MAX_FRAME <= value <= LARGEST_FRAME:

@@ -24,6 +24,7 @@ Fields = Iterable[tuple[bytes, bytes]]
 MAX_BYTES = 16_384  # of a call's headers, as gRPC's own servers take by default: names, values and 32 for each
 
 _MOST_KNOWN = 256  # blocks that are remembered on a connection
+_LONGEST_KNOWN = 32  # bytes of those, each of which may name a field
 _OWN = frozenset({"te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding", "grpc-message-type"})
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
@@ -74,7 +75,7 @@ class Reader:
         # its bytes all have the highest bit. Any other may have changed the table.
         if min(block, default=0) < 0x80 or len(self._known) >= _MOST_KNOWN:
             self._known.clear()
-        else:
+        elif len(block) <= _LONGEST_KNOWN:
             self._known[block] = read
         return read
 
