@@ -8,7 +8,9 @@ It has what this project's services need of `grpc.aio.Server` and no more, under
 them. Header compression is the library hpack's; TLS and sockets are the event loop's.
 
     server.py       ports, handlers, stopping
-    connection.py   frames, windows, limits of one connection
+    connection.py   one connection: the frames that come, how it begins and ends
+    outgoing.py     the frames that go, as far as the windows let them out
+    signs.py        signs of life, and the age of a connection
     call.py         one call, as its handler knows it
     stream.py       the requests of a stream
     headers.py      header blocks

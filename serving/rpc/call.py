@@ -19,6 +19,7 @@ from serving.rpc.stream import AHEAD_BYTES, Requests
 
 if TYPE_CHECKING:
     from serving.rpc.connection import Connection
+    from serving.rpc.outgoing import Outgoing
 
 logger = logging.getLogger(__name__)
 
@@ -74,22 +75,25 @@ class Call:
     _details = ""
     _trailing: Metadata = ()
 
-    def __init__(self, host: Host, connection: Connection, stream: int, head: Head, window: int, limited: bool) -> None:
+    def __init__(
+        self, host: Host, connection: Connection, outgoing: Outgoing, stream: int, head: Head, limited: bool
+    ) -> None:
         """Begun.
 
         Args:
             host: the server.
             connection: that it came over.
+            outgoing: what is sent over that.
             stream: its number there.
             head: what its headers say.
-            window: bytes that may be sent.
             limited: to be counted in the server's `starting`.
         """
         self.details = head.details
         self.stream = stream
-        self.window = window
+        self.window = outgoing.first_window  # bytes that may be sent
         self._host = host
         self._connection = connection
+        self._outgoing = outgoing
         self._encoding = head.encoding
         self._limited = limited
         if head.timeout_s is not None:
@@ -169,15 +173,15 @@ class Call:
         if self._over or self._gone:
             return
         self._over = True
-        connection = self._connection
+        outgoing = self._outgoing
         if answer is not None and self._code is grpc.StatusCode.OK and not self._trailing:
-            connection.answer(self, answer)
+            outgoing.answer(self, answer)
             return
         status = (int(self._code.value[0]), self._details, tuple(self._trailing))
         if answer is not None:
             self._begin()
-            connection.send(self, answer)
-        connection.end(self, trailers(*status) if self._begun else trailers_only(*status))
+            outgoing.send(self, answer)
+        outgoing.end(self, trailers(*status) if self._begun else trailers_only(*status))
 
     async def _guarded(self, answer: Callable[[Handler, Any], Awaitable[None]], handler: Handler, asked: Any) -> None:
         try:
@@ -203,7 +207,7 @@ class Call:
             async with aclosing(answers):
                 async for response in answers:
                     self._begin()
-                    self._connection.send(self, _encoded(response, handler))
+                    self._outgoing.send(self, _encoded(response, handler))
                     await self._take_turns()
         else:
             await answers
@@ -212,7 +216,7 @@ class Call:
     def _begin(self) -> None:
         if not self._begun:
             self._begun = True
-            self._connection.begin_answers(self)
+            self._outgoing.begin(self)
 
     async def _take_turns(self) -> None:
         """Wait until the client has taken most of the answers."""
@@ -222,7 +226,7 @@ class Call:
                 await self._sender
             finally:
                 self._sender = None
-        await self._connection.room()
+        await self._outgoing.room()
         self._answers += 1
         if self._answers % _TURN == 0:
             await asyncio.sleep(0)  # or a handler that never waits would leave no time to others
@@ -338,7 +342,7 @@ class Call:
     def widen(self) -> None:
         """Let the client send more, where it may send little."""
         if self._room < WINDOW // 2 and not self.half_closed and not self._gone:
-            self._connection.more(self, WINDOW - self._room)
+            self._outgoing.more(self.stream, WINDOW - self._room)
             self._room = WINDOW
 
 

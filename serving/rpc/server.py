@@ -16,6 +16,7 @@ from serving.rpc.connection import Connection
 from serving.rpc.headers import CallDetails, Head, Metadata, trailers_only
 from serving.rpc.inbox import Inbox
 from serving.rpc.options import Options
+from serving.rpc.outgoing import Outgoing
 
 Find = Callable[[CallDetails], "Handler | None"]
 Interceptor = Callable[[CallDetails, Find], "Handler | None"]
@@ -144,13 +145,13 @@ class Server:
         if not self._connections:
             self._empty.set()
 
-    def call(self, connection: Connection, stream: int, head: Head, window: int) -> Call | bytes:
+    def call(self, connection: Connection, outgoing: Outgoing, stream: int, head: Head) -> Call | bytes:
         """A new call, or the header block that refuses it unread."""
         method = head.details.method
         limited = method in self._limit.methods
         if limited and (refusal := self._limit.refuse(method, self.starting)):
             return trailers_only(refusal.code.value[0], refusal.details, tuple(refusal.trailing_metadata))
-        return Call(self, connection, stream, head, window, limited)
+        return Call(self, connection, outgoing, stream, head, limited)
 
     def begin(self, call: Call) -> None:
         """Look for a handler, unless there is one that wants the request first; streams begin at once."""

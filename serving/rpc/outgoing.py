@@ -1,0 +1,237 @@
+"""What a connection sends: frames that come together go together, and no more than the client's windows let out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from serving.rpc import frames, messages
+from serving.rpc.frames import Fault, frame, number
+from serving.rpc.headers import RESPONSE, TRAILERS_OK
+from serving.rpc.inbox import Inbox
+
+if TYPE_CHECKING:
+    from serving.rpc.call import Call
+
+_MOST_RESIZED = 100  # times in a second that a client may change the windows of all calls
+_TABLE = 4096  # bytes of a client's table of headers, unless it says otherwise
+
+_RESPONSE_HEAD = frames.head(frames.HEADERS, frames.END_HEADERS, len(RESPONSE))
+_OK_HEAD = frames.head(frames.HEADERS, frames.END_STREAM | frames.END_HEADERS, len(TRAILERS_OK))
+
+
+class Outgoing:
+    """Of one connection."""
+
+    def __init__(self, transport: asyncio.Transport, inbox: Inbox, closed: Callable[[Call], None]) -> None:
+        """Nothing yet.
+
+        Args:
+            transport: takes bytes.
+            inbox: knows whether answers of a batch are being given.
+            closed: told of a call whose last frame was sent.
+        """
+        self.first_window = frames.DEFAULT_WINDOW  # of a new stream
+        self.gathering = False  # what is written waits for `flush`
+        self.answered = False  # anything but a reply to a frame, since this was set to False
+        self._transport = transport
+        self._inbox = inbox
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._out: list[bytes] = []
+        self._window = frames.DEFAULT_WINDOW  # bytes that may be sent
+        self._max_frame = frames.DEFAULT_MAX_FRAME
+        self._table = b""  # what the next header block must say of the client's table
+        self._resized, self._resized_s = 0, 0.0  # how often, since when
+        self._blocked: dict[int, Call] = {}  # those that have more to send than the windows let out
+        self._room = asyncio.Event()  # the socket takes more
+        self._room.set()
+
+    def write(self, data: bytes) -> None:
+        """Send something, with all else that one read from the socket or one batch of answers gives."""
+        out = self._out
+        out.append(data)
+        if not self.gathering:
+            afterwards = self._inbox.afterwards
+            if afterwards is None:
+                self.flush()
+            elif len(out) == 1:
+                afterwards.append(self.flush)
+
+    def flush(self) -> None:
+        """Send what was gathered."""
+        out = self._out
+        if out:
+            data = out[0] if len(out) == 1 else b"".join(out)
+            out.clear()
+            if not self._transport.is_closing():
+                self._transport.write(data)
+
+    # Calls' answers.
+
+    def refuse(self, stream: int, block: bytes) -> None:
+        """The header block that is all that a call gets."""
+        self.write(self._framed(frames.END_STREAM, stream, block))
+
+    def answer(self, call: Call, message: bytes) -> None:
+        """The only answer of a call, and its end."""
+        size = messages.PREFIX_BYTES + len(message)
+        if size > self._window or size > call.window or size > self._max_frame or self._table:
+            self.begin(call)
+            self.send(call, message)
+            self.end(call, TRAILERS_OK)
+            return
+        self._window -= size
+        self.answered = True
+        stream = number(call.stream)
+        data = size.to_bytes(3, "big") + b"\0\0"  # the head of a DATA frame
+        prefix = b"\0" + len(message).to_bytes(4, "big")
+        self.write(
+            b"".join((_RESPONSE_HEAD, stream, RESPONSE, data, stream, prefix, message, _OK_HEAD, stream, TRAILERS_OK))
+        )
+        self._closed(call)
+
+    def begin(self, call: Call) -> None:
+        """The headers before the first answer."""
+        self.write(self._framed(0, call.stream, RESPONSE))
+
+    def send(self, call: Call, message: bytes) -> None:
+        """One answer, as far as the windows let it out."""
+        if call.unsent is None:
+            call.unsent = deque()
+        call.unsent.append(memoryview(messages.prefixed(message)))
+        self._send(call)
+
+    async def room(self) -> None:
+        """Wait until the socket takes more."""
+        await self._room.wait()
+
+    def has_room(self, room: bool) -> None:
+        """Whether it does, as the transport tells."""
+        if room:
+            self._room.set()
+        else:
+            self._room.clear()
+
+    def end(self, call: Call, block: bytes) -> None:
+        """The header block that ends a call, behind the answers that wait."""
+        call.last = block
+        self._send(call)
+
+    def forget(self, call: Call) -> None:
+        """Send nothing more of a call."""
+        self._blocked.pop(call.stream, None)
+        call.unsent = None
+
+    def reset(self, stream: int, code: int) -> None:
+        """End a call without a status; or, with NO_ERROR, after it: its client need not send the rest."""
+        self.write(frame(frames.RST_STREAM, 0, stream, number(code)))
+
+    def more(self, stream: int, size: int) -> None:
+        """Let a client send so many bytes more, for a call or, with 0, for all of them."""
+        self.write(frame(frames.WINDOW_UPDATE, 0, stream, number(size)))
+
+    def _send(self, call: Call) -> None:
+        """What the windows let out."""
+        self.answered = True
+        out: list[bytes] = []
+        unsent = call.unsent
+        while unsent:
+            size = min(len(unsent[0]), self._max_frame, self._window, call.window)
+            if size <= 0:
+                break
+            self._window -= size
+            call.window -= size
+            out.append(frame(frames.DATA, 0, call.stream, bytes(unsent[0][:size])))
+            if size == len(unsent[0]):
+                unsent.popleft()
+            else:
+                unsent[0] = unsent[0][size:]
+        if not unsent and call.last is not None:
+            out.append(self._framed(frames.END_STREAM, call.stream, call.last))
+        if out:
+            self.write(b"".join(out))
+        if unsent:
+            self._blocked[call.stream] = call
+            return
+        self._blocked.pop(call.stream, None)
+        if call.last is not None:
+            self._closed(call)
+        call.sent()
+
+    def _framed(self, flags: int, stream: int, block: bytes) -> bytes:
+        """The frames of a header block."""
+        if self._table:
+            block, self._table = self._table + block, b""
+        most = self._max_frame
+        if len(block) <= most:
+            return frame(frames.HEADERS, flags | frames.END_HEADERS, stream, block)
+        out = [frame(frames.HEADERS, flags, stream, block[:most])]
+        for at in range(most, len(block), most):
+            last = frames.END_HEADERS * (at + most >= len(block))
+            out.append(frame(frames.CONTINUATION, last, stream, block[at : at + most]))
+        return b"".join(out)
+
+    # What the client allows.
+
+    def widen(self, more: int) -> None:
+        """The connection's window is wider.
+
+        Raises:
+            Fault: wider than may be, or not at all.
+        """
+        if not more:
+            raise Fault(frames.PROTOCOL_ERROR, "a window widened by nothing")
+        self._window += more
+        if self._window > frames.LARGEST:
+            raise Fault(frames.FLOW_CONTROL_ERROR, f"a window of {self._window} bytes")
+        self._flush_blocked()
+
+    def widen_call(self, call: Call, more: int) -> bool:
+        """A call's window is wider; whether that may be."""
+        call.window += more
+        if not more or call.window > frames.LARGEST:
+            return False
+        if call.stream in self._blocked:
+            self._send(call)
+        return True
+
+    def set(self, payload: bytes, calls: dict[int, Call]) -> None:
+        """The client's settings, which are acknowledged; they hold for the calls that are open, too.
+
+        Raises:
+            Fault: they may not be so.
+        """
+        values = frames.read_settings(payload)
+        if any(name == frames.HEADER_TABLE_SIZE and value < _TABLE for name, value in values):
+            self._table = b"\x20"  # none is used
+        settings = dict(values)
+        self._max_frame = settings.get(frames.MAX_FRAME_SIZE, self._max_frame)
+        more = settings.get(frames.INITIAL_WINDOW_SIZE, self.first_window) - self.first_window
+        if more:
+            self._resize(more, calls)
+        self.write(frame(frames.SETTINGS, frames.ACK, 0))
+        if more > 0:
+            self._flush_blocked()
+
+    def _resize(self, more: int, calls: dict[int, Call]) -> None:
+        """Change the windows of all calls."""
+        now_s = self._loop.time()
+        if now_s - self._resized_s >= 1:
+            self._resized, self._resized_s = 0, now_s
+        self._resized += 1
+        if self._resized > _MOST_RESIZED:
+            raise Fault(frames.ENHANCE_YOUR_CALM, "windows that do not stay")
+        self.first_window += more
+        for call in calls.values():
+            call.window += more
+            if call.window > frames.LARGEST:
+                raise Fault(frames.FLOW_CONTROL_ERROR, f"a window of {call.window} bytes")
+
+    def _flush_blocked(self) -> None:
+        for call in [*self._blocked.values()]:
+            if self._window <= 0:
+                break
+            self._send(call)
