@@ -3,8 +3,8 @@
 Work-conserving: an idle model runs what is there at once; a busy one takes, when it is free again, what queued up
 meanwhile. Requests are never split, never reordered, and each gets exactly its own rows.
 
-Whoever asks may do so on any thread, and is told on the model's, which wakes no other for that: a request that comes
-alone costs one hand-over.
+Whoever asks may do so on any thread, and is told on the model's, which wakes no other for that: how the answers of a
+batch get elsewhere, and with how few wake-ups, is the business of those who wait.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import logging
 import ssl
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,6 @@ class Reloaded(Generic[Value]):
             StartupError: as `make` does.
         """
         self._what, self._paths, self._make = what, paths, make
-        self._lock = threading.Lock()  # gRPC's own threads ask for certificates
         self._seen = self._stamps()
         self._value = make()
         self._check_at = time.monotonic() + CHECK_S
@@ -53,14 +51,13 @@ class Reloaded(Generic[Value]):
 
     def reload(self) -> None:
         """Read the files now."""
-        with self._lock:
-            self._seen = self._stamps()
-            try:
-                self._value = self._make()
-            except StartupError as error:
-                logger.error("the %s stay as they were: %s", self._what, error)
-            else:
-                logger.info("the %s were read again", self._what)
+        self._seen = self._stamps()
+        try:
+            self._value = self._make()
+        except StartupError as error:
+            logger.error("the %s stay as they were: %s", self._what, error)
+        else:
+            logger.info("the %s were read again", self._what)
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(path) for path in self._paths]

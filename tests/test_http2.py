@@ -758,7 +758,7 @@ def test_many_resets_leave_nothing_behind(served, client):
     assert client.ask(4001).message == b"hello"
     (connection,) = server.rpc._connections
     wait_until(lambda: not connection.calls)
-    assert (connection._blocked, connection._refused) == ({}, set())
+    assert (connection._outgoing._blocked, connection._refused) == ({}, set())
 
 
 def test_more_calls_than_are_allowed_are_refused(client):
