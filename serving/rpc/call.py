@@ -235,6 +235,12 @@ class Call:
 
     def received(self, payload: bytes, size: int, ends: bool) -> None:
         """Bytes of a request came, in a frame of `size`; with `ends`, no more will."""
+        if ends and self._parts is None and self._requests is None and payload[:1] == b"\0":
+            length = len(payload) - messages.PREFIX_BYTES
+            if int.from_bytes(payload[1 : messages.PREFIX_BYTES], "big") == length <= self._host.max_message_bytes:
+                self.half_closed = True  # the only request, in one piece, as most are
+                self._host.complete(self, payload[messages.PREFIX_BYTES :])
+                return
         self._room -= size
         if self._room < 0:
             self._connection.reset(self, frames.FLOW_CONTROL_ERROR)
@@ -267,8 +273,10 @@ class Call:
 
     def forgotten(self) -> None:
         """It has been ended, or its client has gone."""
-        self._has_started()
-        self.taken(self._held)
+        if self._starting:
+            self._has_started()
+        if self._held:
+            self.taken(self._held)
         if self._expiry:
             self._expiry.cancel()
             self._expiry = None
@@ -281,9 +289,8 @@ class Call:
 
     def _has_started(self) -> None:
         """Its handler runs, or never will."""
-        if self._starting:
-            self._starting = False
-            self._host.starting -= 1
+        self._host.starting -= self._starting
+        self._starting = False
 
     def _expire(self) -> None:
         self.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
@@ -293,9 +300,6 @@ class Call:
         """The only request, piece by piece."""
         most = self._host.max_message_bytes
         if self._parts is None:
-            if ends and len(payload) >= messages.PREFIX_BYTES and messages.size(payload, most) == len(payload):
-                self._host.complete(self, messages.content(payload, self._encoding, most))  # it came as a whole
-                return
             self._parts = []
         parts = self._parts
         if payload:

@@ -19,7 +19,8 @@ _MOST_RESIZED = 100  # times in a second that a client may change the windows of
 _TABLE = 4096  # bytes of a client's table of headers, unless it says otherwise
 
 _RESPONSE_HEAD = frames.head(frames.HEADERS, frames.END_HEADERS, len(RESPONSE))
-_OK_HEAD = frames.head(frames.HEADERS, frames.END_STREAM | frames.END_HEADERS, len(TRAILERS_OK))
+_LAST = frames.END_STREAM | frames.END_HEADERS
+_OK_HEAD = frames.head(frames.HEADERS, _LAST, len(TRAILERS_OK))
 
 
 class Outgoing:
@@ -46,6 +47,7 @@ class Outgoing:
         self._table = b""  # what the next header block must say of the client's table
         self._resized, self._resized_s = 0, 0.0  # how often, since when
         self._blocked: dict[int, Call] = {}  # those that have more to send than the windows let out
+        self._refusal = self._refusal_head = b""  # the last one
         self._room = asyncio.Event()  # the socket takes more
         self._room.set()
 
@@ -73,7 +75,11 @@ class Outgoing:
 
     def refuse(self, stream: int, block: bytes) -> None:
         """The header block that is all that a call gets."""
-        self.write(self._framed(frames.END_STREAM, stream, block))
+        if block is not self._refusal or self._table:
+            self._refusal, self._refusal_head = block, frames.head(frames.HEADERS, _LAST, len(block))
+            self.write(self._framed(frames.END_STREAM, stream, block))
+        else:  # as most are, one after the other
+            self.write(b"".join((self._refusal_head, number(stream), block)))
 
     def answer(self, call: Call, message: bytes) -> None:
         """The only answer of a call, and its end."""
@@ -122,8 +128,9 @@ class Outgoing:
 
     def forget(self, call: Call) -> None:
         """Send nothing more of a call."""
-        self._blocked.pop(call.stream, None)
-        call.unsent = None
+        if call.unsent:
+            self._blocked.pop(call.stream, None)
+            call.unsent = None
 
     def reset(self, stream: int, code: int) -> None:
         """End a call without a status; or, with NO_ERROR, after it: its client need not send the rest."""

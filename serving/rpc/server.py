@@ -24,12 +24,14 @@ Interceptor = Callable[[CallDetails, Find], "Handler | None"]
 _BACKLOG = 1024  # connections that wait to be taken
 
 
-class Refusal(NamedTuple):
-    """How a call ends that no handler hears of."""
+class Refusal:
+    """How calls end that no handler hears of; the same one may do so for many."""
 
-    code: grpc.StatusCode
-    details: str
-    trailing_metadata: Metadata
+    def __init__(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata) -> None:
+        self.code = code
+        self.details = details
+        self.trailing_metadata = trailing_metadata
+        self.block = trailers_only(code.value[0], details, tuple(trailing_metadata))  # the headers that say it
 
 
 class Limit(NamedTuple):
@@ -150,7 +152,7 @@ class Server:
         method = head.details.method
         limited = method in self._limit.methods
         if limited and (refusal := self._limit.refuse(method, self.starting)):
-            return trailers_only(refusal.code.value[0], refusal.details, tuple(refusal.trailing_metadata))
+            return refusal.block
         return Call(self, connection, outgoing, stream, head, limited)
 
     def begin(self, call: Call) -> None:
