@@ -130,7 +130,7 @@ def change_int8(version):
     kernel = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [64, 32, 3, 3])
     steps = numpy_helper.to_array(kernel).copy()
     assert steps.dtype == np.int8
-    steps[tuple(np.argwhere(np.abs(steps.astype(int)) == 127)[0])] *= -1
+    steps[np.unravel_index(np.abs(steps.astype(int)).argmax(), steps.shape)] *= -1
     kernel.CopyFrom(numpy_helper.from_array(steps, kernel.name))
     onnx.save(model, path)
     rehash(version, path.name)

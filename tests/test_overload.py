@@ -29,8 +29,13 @@ class Waiting:
 
 
 class Served:
-    def __init__(self, statistics: Statistics) -> None:
+    """A model's statistics, and itself for a scheduler: what is asked of one is its queue."""
+
+    def __init__(self, queue: Queue, statistics: Statistics) -> None:
         self.statistics = statistics
+        self.scheduler = self
+        self.queue = queue
+        self.refusal = queue.refusal
 
 
 class Catalog:
@@ -40,17 +45,13 @@ class Catalog:
         self.now_ns = 0
         self.statistics = Statistics()
         self.queue = Queue("m", Limits(8, max_queue=2), self.statistics, lambda: self.now_ns)
-        self.served = Served(self.statistics)
+        self.only = Served(self.queue, self.statistics)
 
     def wait(self) -> Waiting:
         """One more request waits."""
         waiter = Waiting()
         self.queue.add(Request({}, 1, math.inf, self.now_ns, waiter))
         return waiter
-
-    def refusal(self, coming: int):
-        error = self.queue.refusal(coming)
-        return error and (self.served, error)
 
 
 class Gate:
@@ -59,7 +60,7 @@ class Gate:
 
 def make(watched: object = None):
     catalog, rpcs, gate = Catalog(), Rpcs(), Gate()
-    judge = Overload(catalog, rpcs, gate, watched)
+    judge = Overload(catalog, rpcs, gate, watched, lambda: catalog.now_ns)
     return catalog, rpcs, gate, judge
 
 
@@ -102,6 +103,8 @@ def test_a_refusal_says_when_to_try_again():
         return info.retry_delay.ToTimedelta().total_seconds()
 
     assert retry_s() == 0.01
+    catalog.now_ns = 9_999_999
+    assert retry_s() == 0.01  # one answer for all that come within a hundredth of a second
     catalog.now_ns = 250_000_000
     assert retry_s() == 0.25
 

@@ -12,6 +12,7 @@ from serving import logs
 from serving.catalog import Catalog
 from serving.errors import STATUS, QueueFull
 from serving.loading import ServedModel
+from serving.request_queue import Clock
 from serving.rpc import Refusal
 from serving.services.gate import Gate
 from serving.services.statuses import trailing_metadata
@@ -24,7 +25,9 @@ _LOOK_NS = 10_000_000  # how long one look at a full queue serves: the time to t
 class Overload:
     """Judges calls that need room in a model's queue."""
 
-    def __init__(self, catalog: Catalog, rpcs: Rpcs, gate: Gate, watched: object) -> None:
+    def __init__(
+        self, catalog: Catalog, rpcs: Rpcs, gate: Gate, watched: object, clock: Clock = time.monotonic_ns
+    ) -> None:
         """Everything has room yet.
 
         Args:
@@ -32,11 +35,13 @@ class Overload:
             rpcs: where refused calls are counted.
             gate: once it is closed, it says what becomes of calls.
             watched: something that must see every call.
+            clock: what looks are timed with.
         """
         self._catalog = catalog
         self._rpcs = rpcs
         self._gate = gate
         self._watched = bool(watched)
+        self._clock = clock
         self._last: Refusal | None = None  # holds for whoever comes before the next look
         self._of: ServedModel | None = None
         self._look_ns = 0
@@ -51,7 +56,7 @@ class Overload:
         served = self._catalog.only
         if served is None or self._watched or self._gate.closed or not served.scheduler.queue.is_full(coming):
             return None
-        now_ns = time.monotonic_ns()
+        now_ns = self._clock()
         if served is not self._of or now_ns >= self._look_ns:
             if (error := served.scheduler.refusal(coming)) is None:
                 return None  # some of those that waited had left
