@@ -1228,6 +1228,20 @@ def test_whatever_comes_the_server_goes_on(served, caplog, kind):
     assert [record.getMessage() for record in caplog.records] == []
 
 
+def test_a_client_that_does_not_say_it_heard_does_not_hold_a_server():
+    """Its PING's ACK tells that all it sent is here. One that has calls is waited for all the same."""
+    with serving() as (server, connect):
+        silent, busy = connect(), connect()
+        silent.sync()
+        busy.begin(1, "nap")
+        busy.data(1, prefixed(b""))
+        assert server.handlers.started.wait(WAIT_S)
+        server.run(server.rpc.stop(60))  # in `WAIT_S`, which is less
+        assert silent.until(frames.GOAWAY)[:4] == number(frames.LARGEST)
+        assert silent.goaway() == frames.NO_ERROR
+        assert busy.answer(1).message == b"rested"
+
+
 def test_requests_that_are_not_finished_may_take_so_much_memory_and_no_more():
     """Of a connection: a call that goes over it is ended, and what others give back may be used again."""
     most = 1 << 16

@@ -21,6 +21,7 @@ _BUFFERED = 1 << 20  # bytes that may wait for the socket before a client that r
 _MOST_HELD = 4  # of the largest messages, that the unread and unfinished requests of all calls may come to
 _WHY = 200  # bytes of an explanation
 
+_HEARS_S = 1.0  # a client that does not say it has heard a GOAWAY is taken to have done so
 _LAST = b"last...."  # what the PING says that follows a GOAWAY
 
 
@@ -63,6 +64,7 @@ class Connection(asyncio.Protocol):
         self._taken = 0  # bytes since the connection's window was opened
         self._leaving = False  # the client was told to make no more calls
         self._final = False  # and which one was the last
+        self._deaf: asyncio.TimerHandle | None = None  # when it is taken to have heard so, whatever it says
 
     # What asyncio calls.
 
@@ -117,6 +119,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._signs.stop()
+        if self._deaf:
+            self._deaf.cancel()
         for call in [*self.calls.values()]:
             self._forget(call)
             call.leave()
@@ -318,9 +322,10 @@ class Connection(asyncio.Protocol):
         self._leaving = True
         everything = number(frames.LARGEST) + number(frames.NO_ERROR) + why
         self._outgoing.write(frame(frames.GOAWAY, 0, 0, everything) + frame(frames.PING, 0, 0, _LAST))
+        self._deaf = asyncio.get_running_loop().call_later(_HEARS_S, self._finish)
 
     def _finish(self) -> None:
-        """The client has heard that it should go: what it sent before is here."""
+        """The client has heard that it should go, or should have: what it sent before is here."""
         if not self._leaving or self._final:
             return
         self._final = True
