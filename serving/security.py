@@ -82,7 +82,7 @@ class Tls:
         """
         paths = [cert, key, *([client_ca] if client_ca else [])]
         self.files = Reloaded("TLS certificates", paths, lambda: _context(cert, key, client_ca))
-        self.context = _context(cert, key, client_ca)  # of every handshake that begins
+        self.context = self.files.get()  # of every handshake that begins
         self.context.sni_callback = self._newest
 
     def _newest(self, handshake: ssl.SSLObject, _name: str | None, _begun: ssl.SSLContext) -> None:
@@ -99,6 +99,9 @@ def _context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:
                 raise StartupError(f"{option}: {path}: {error.strerror}; want a readable PEM file") from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["h2"])
+    # A session that is resumed is not checked anew: a client whose CA was taken out would go on being let in.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET
     try:
         context.load_cert_chain(cert, key, password="")  # not asked for at the terminal
     except (ssl.SSLError, OSError) as error:

@@ -25,6 +25,9 @@ def options(config: ServerConfig, shared_port: bool) -> rpc.Options:
     return rpc.Options(
         # A message over our limit is refused by its service, which knows how to say it; this guards the memory.
         max_message_bytes=2 * config.max_message_bytes,
+        max_answer_bytes=config.max_message_bytes,
+        # No less than what clients may send ahead on many streams, and several of the largest messages.
+        max_held_bytes=max(8 * config.max_message_bytes, 1 << 28),
         # Alone, a port in use is an error, not a second server on it; the supervisor sees to that for several.
         reuse_port=shared_port,
         keepalive_time_s=config.keepalive_time_s,

@@ -1245,7 +1245,7 @@ def test_a_client_that_does_not_say_it_heard_does_not_hold_a_server():
 def test_requests_that_are_not_finished_may_take_so_much_memory_and_no_more():
     """Of a connection: a call that goes over it is ended, and what others give back may be used again."""
     most = 1 << 16
-    with serving(options=rpc.Options(max_message_bytes=most)) as (_, connect):
+    with serving(options=rpc.Options(max_message_bytes=most, max_held_bytes=4 * most)) as (_, connect):
         client = connect({frames.INITIAL_WINDOW_SIZE: 2 * most})
         client.send(frame(frames.WINDOW_UPDATE, 0, 0, number(2 * most)))
         part = prefixed(bytes(most))[: most // 2]
@@ -1268,7 +1268,7 @@ def test_requests_that_are_not_finished_may_take_so_much_memory_and_no_more():
 
 def test_a_client_that_reads_slowly_is_no_silent_one():
     """Its answers fill the socket, so it is not read and nothing of it is heard, its PING's ACK least of all."""
-    options = rpc.Options(max_message_bytes=1 << 26, keepalive_time_s=0.3, keepalive_timeout_s=0.3)
+    options = rpc.Options(keepalive_time_s=0.3, keepalive_timeout_s=0.3)
     with serving(options=options) as (_, connect):
         client = connect(settings={frames.INITIAL_WINDOW_SIZE: frames.LARGEST})
         client.send(frame(frames.WINDOW_UPDATE, 0, 0, number(frames.LARGEST - frames.DEFAULT_WINDOW)))
@@ -1277,3 +1277,64 @@ def test_a_client_that_reads_slowly_is_no_silent_one():
         while time.monotonic() < until:
             assert client.socket.recv(1 << 20), "the server has hung up"
             time.sleep(0.02)
+
+
+def test_a_call_of_which_nothing_comes_but_headers_ends_at_its_deadline(client):
+    client.begin(1, grpc_timeout="100m")
+    assert client.answer(1).status == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    assert client.ask(3).message == b"hello"
+
+
+def test_answers_that_a_client_never_takes_are_forgotten_at_the_deadline(served):
+    server, connect = served
+    client = connect({frames.INITIAL_WINDOW_SIZE: 10})
+    client.begin(1, grpc_timeout="200m")
+    client.data(1, prefixed(bytes(1000)))
+    assert client.answer(1).reset == frames.CANCEL
+    (connection,) = server.rpc._connections
+    assert not connection.calls
+
+
+def test_an_answer_over_the_limit_is_not_sent():
+    with serving(options=rpc.Options(max_answer_bytes=1000)) as (_, connect):
+        client = connect()
+        assert client.ask(1, bytes(1000)).message == bytes(1000)
+        for stream, method in ((3, "echo"), (5, "double")):
+            answer = client.ask(stream, bytes(1001), method)
+            assert answer.status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+            assert b"at most 1000" in answer.text
+            assert answer.data == b""
+
+
+def test_what_cannot_be_unpacked_is_no_error_of_ours(client, caplog):
+    client.begin(1, "double", grpc_encoding="gzip")
+    client.data(1, b"\x01" + number(4) + b"junk", flags=0)
+    assert client.answer(1).status == grpc.StatusCode.INTERNAL.value[0]
+    assert client.ask(3).message == b"hello"
+    assert not caplog.records
+
+
+def test_who_connects_while_the_server_stops_is_sent_away():
+    """Its handshake may have begun before."""
+    with serving() as (server, connect):
+        busy = connect()
+        busy.begin(1, "nap")
+        busy.data(1, prefixed(b""))
+        assert server.handlers.started.wait(WAIT_S)
+        server.rpc.stopping = True  # and the port is still open
+        late = connect(preface=b"")
+        assert late.goaway() == frames.NO_ERROR
+        assert busy.answer(1).message == b"rested"
+
+
+def test_a_client_that_takes_nothing_does_not_hold_a_server_in_a_hurry():
+    with serving() as (server, connect):
+        client = connect({frames.INITIAL_WINDOW_SIZE: frames.LARGEST})
+        client.send(frame(frames.WINDOW_UPDATE, 0, 0, number(frames.LARGEST - frames.DEFAULT_WINDOW)))
+        client.begin(1, "large", flags=LAST)
+        client.until(frames.DATA)
+        (connection,) = server.rpc._connections
+        wait_until(lambda: connection._transport.get_write_buffer_size())  # the sockets are full
+        waiting = asyncio.run_coroutine_threadsafe(server.rpc.stop(600), server.loop)
+        server.run(server.rpc.stop(None))
+        waiting.result(WAIT_S)

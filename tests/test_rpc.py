@@ -1,6 +1,7 @@
 """The gRPC server beneath the services: real channels to handlers of all kinds."""
 
 import asyncio
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -466,20 +467,35 @@ def test_a_port_that_is_taken():
     asyncio.run(again.stop(None))
 
 
-@pytest.mark.parametrize("target", ["localhost", "127.0.0.1", "[::1]"])
-def test_a_host_is_listened_on_at_all_its_addresses(target):
-    host = target.strip("[]")
+@pytest.mark.parametrize(
+    ("host", "target"),
+    [
+        ("localhost", "localhost"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("::1", "[::1]"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "[::1]"),
+        ("::", "127.0.0.1"),
+    ],
+)
+def test_a_host_is_listened_on_at_all_its_addresses(host, target):
+    handlers = Handlers()
 
     async def serve():
         server = rpc.Server()
-        server.add_generic_rpc_handlers((Handlers().generic(),))
-        try:
-            port = server.add_port(host, 0)
-        except OSError as error:
-            pytest.skip(f"{host} is not an address of this machine: {error}")
+        server.add_generic_rpc_handlers((handlers.generic(),))
+        port = server.add_port(host, 0)
         await server.start()
         async with grpc.aio.insecure_channel(f"{target}:{port}") as channel:
             assert await channel.unary_unary(f"/{SERVICE}/echo")(b"hello", timeout=10) == b"hello"
         await server.stop(None)
 
+    if ":" in host + target:
+        with socket.socket(socket.AF_INET6) as probe:
+            try:
+                probe.bind(("::1", 0))
+            except OSError as error:
+                pytest.skip(f"::1 is not an address of this machine: {error}")
     asyncio.run(serve())
+    if target != "localhost":
+        assert handlers.seen[0][2].startswith("ipv6:[::1]:" if ":" in target else "ipv4:127.0.0.1:")

@@ -1,7 +1,10 @@
 """TLS, mutual TLS and bearer tokens over real connections, with certificates made here."""
 
 import asyncio
+import contextlib
 import os
+import shutil
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -434,3 +437,34 @@ def test_a_certificate_alone_is_read_only_when_it_changed(folder, server_cert):
     assert tls.files.get() is first
     tls.files.reload()
     assert tls.files.get() is not first
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_client_whose_authority_was_taken_out_does_not_resume(tmp_path, server_cert, ca, client_cert, version):
+    """A session that is resumed is not checked anew."""
+    authorities = tmp_path / "authorities.pem"
+    shutil.copy(ca.cert, authorities)
+    tls = Tls(server_cert.cert, server_cert.key, authorities)
+    client = ssl.create_default_context(cafile=ca.cert)
+    client.load_cert_chain(client_cert.cert, client_cert.key)
+    client.maximum_version = version
+
+    def connect(session):
+        """What a client has of a connection for the next one."""
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        asks = client.wrap_bio(to_client, to_server, server_hostname="localhost", session=session)
+        answers = tls.context.wrap_bio(to_server, to_client, server_side=True)
+        for _ in range(3):
+            for side in (asks, answers):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        answers.write(b"hello")
+        assert asks.read() == b"hello"
+        return asks.session
+
+    session = connect(connect(None))
+    shutil.copy(issue(tmp_path, "another").cert, authorities)
+    tls.files.reload()
+    for kept in (None, session):
+        with pytest.raises(ssl.SSLError, match=r"(?i)certificate"):
+            connect(kept)

@@ -15,6 +15,7 @@ import grpc
 from serving.rpc import frames, messages
 from serving.rpc.headers import Head, Metadata, trailers, trailers_only
 from serving.rpc.inbox import Inbox
+from serving.rpc.options import Options
 from serving.rpc.stream import AHEAD_BYTES, Requests
 
 if TYPE_CHECKING:
@@ -37,11 +38,8 @@ class Host(Protocol):
     """What a call needs of its server."""
 
     inbox: Inbox
+    options: Options
     starting: int
-
-    @property
-    def max_message_bytes(self) -> int:
-        """Of what is taken in."""
 
     def complete(self, call: Call, data: bytes) -> None:
         """The only request of a call is there."""
@@ -142,14 +140,15 @@ class Call:
 
     def start(self, handler: Handler, data: bytes | None = None) -> None:
         """Have a handler answer: a unary one its only request, which must be given, a stream whatever comes."""
-        self._watch()
+        self.watch()
         if handler.stream_stream:
             parse = handler.request_deserializer
-            requests = self._requests = Requests(self, self._encoding, self._host.max_message_bytes, parse)
+            requests = self._requests = Requests(self, self._encoding, self._host.options.max_message_bytes, parse)
             if data is not None:
                 requests.received(messages.prefixed(data), ends=True)
             self._task = self._host.run(self._guarded(self._stream, handler, requests))
-        elif data is not None:
+        else:
+            assert data is not None
             self._starting = self._limited
             self._host.starting += self._starting
             self._task = self._host.run(self._guarded(self._unary, handler, data))
@@ -172,6 +171,9 @@ class Call:
         """Send the status, after the answer where there is one; nobody waits until it is sent."""
         if self._over or self._gone:
             return
+        if answer is not None and (problem := self._too_large(answer)):
+            answer = None
+            self._code, self._details, self._trailing = grpc.StatusCode.RESOURCE_EXHAUSTED, problem, ()
         self._over = True
         outgoing = self._outgoing
         if answer is not None and self._code is grpc.StatusCode.OK and not self._trailing:
@@ -207,7 +209,10 @@ class Call:
             async with aclosing(answers):
                 async for response in answers:
                     self._begin()
-                    self._outgoing.send(self, _encoded(response, handler))
+                    encoded = _encoded(response, handler)
+                    if problem := self._too_large(encoded):
+                        await self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, problem)
+                    self._outgoing.send(self, encoded)
                     await self._take_turns()
         else:
             await answers
@@ -217,6 +222,12 @@ class Call:
         if not self._begun:
             self._begun = True
             self._outgoing.begin(self)
+
+    def _too_large(self, answer: bytes) -> str | None:
+        most = self._host.options.max_answer_bytes
+        if len(answer) <= most:
+            return None
+        return f"the answer has {len(answer)} bytes, of which at most {most} may be sent"
 
     async def _take_turns(self) -> None:
         """Wait until the client has taken most of the answers."""
@@ -236,8 +247,8 @@ class Call:
     def received(self, payload: bytes, size: int, ends: bool) -> None:
         """Bytes of a request came, in a frame of `size`; with `ends`, no more will."""
         if ends and self._parts is None and self._requests is None and payload[:1] == b"\0":
-            length = len(payload) - messages.PREFIX_BYTES
-            if int.from_bytes(payload[1 : messages.PREFIX_BYTES], "big") == length <= self._host.max_message_bytes:
+            length, most = len(payload) - messages.PREFIX_BYTES, self._host.options.max_message_bytes
+            if int.from_bytes(payload[1 : messages.PREFIX_BYTES], "big") == length <= most:
                 self.half_closed = True  # the only request, in one piece, as most are
                 self._host.complete(self, payload[messages.PREFIX_BYTES :])
                 return
@@ -281,7 +292,7 @@ class Call:
             self._expiry.cancel()
             self._expiry = None
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
         """End it at its deadline."""
         if self._deadline_s is not None and self._expiry is None:
             remaining_s = self._deadline_s - time.monotonic()
@@ -293,12 +304,15 @@ class Call:
         self._starting = False
 
     def _expire(self) -> None:
+        if self._over:  # its answers wait for the client's window
+            self._connection.reset(self, frames.CANCEL)
+            return
         self.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
         self.leave()
 
     def _collect(self, payload: bytes, ends: bool) -> None:
         """The only request, piece by piece."""
-        most = self._host.max_message_bytes
+        most = self._host.options.max_message_bytes
         if self._parts is None:
             self._parts = []
         parts = self._parts
@@ -311,7 +325,6 @@ class Call:
         if size and self._held > size:
             raise self._wants_one("more")
         if not ends:
-            self._watch()
             self.widen()
             return
         if not size or self._held < size:

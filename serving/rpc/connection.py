@@ -18,7 +18,6 @@ MAX_STREAMS = 4096  # calls of one connection at a time; clients let others wait
 _MAX_FRAME = 1 << 18
 _TOP_UP = 1 << 29  # bytes after which the connection's own window, which never holds anybody up, is opened again
 _BUFFERED = 1 << 20  # bytes that may wait for the socket before a client that reads nothing is read no more
-_MOST_HELD = 4  # of the largest messages, that the unread and unfinished requests of all calls may come to
 _WHY = 200  # bytes of an explanation
 
 _HEARS_S = 1.0  # a client that does not say it has heard a GOAWAY is taken to have done so
@@ -30,6 +29,7 @@ class Host(Protocol):
 
     options: Options
     inbox: Inbox
+    stopping: bool
 
     def opened(self, connection: Connection) -> None:
         """A client has connected."""
@@ -60,6 +60,7 @@ class Connection(asyncio.Protocol):
         self._reader = Reader()
         self._last = 0  # the newest stream
         self._refused: set[int] = set()  # streams that were ended before their client had
+        self._unfinished: list[Call] = []  # calls with a deadline that have begun
         self._held = 0  # bytes of requests that are not complete, or that nobody has taken yet
         self._taken = 0  # bytes since the connection's window was opened
         self._leaving = False  # the client was told to make no more calls
@@ -86,6 +87,8 @@ class Connection(asyncio.Protocol):
         tls = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             self._end(frames.INADEQUATE_SECURITY, b"want TLS that has agreed on h2 (ALPN)")
+        elif self._host.stopping:  # its handshake took so long
+            self.go_away()
 
     def data_received(self, data: bytes) -> None:
         if self._transport.is_closing():
@@ -100,6 +103,10 @@ class Connection(asyncio.Protocol):
             for stream in self._refused:  # they need not send the rest
                 outgoing.reset(stream, frames.NO_ERROR)
             self._refused.clear()
+            for call in self._unfinished:
+                if not call.half_closed:
+                    call.watch()
+            self._unfinished.clear()
         except Fault as fault:
             self._end(fault.code, str(fault).encode())
         finally:
@@ -212,7 +219,10 @@ class Connection(asyncio.Protocol):
                 self._refused.add(stream)
             return
         self.calls[stream] = call
+        call.half_closed = ends
         self._host.begin(call)
+        if not ends and head.timeout_s is not None:
+            self._unfinished.append(call)
         if ends and stream in self.calls:
             call.received(b"", 0, True)
 
@@ -293,7 +303,7 @@ class Connection(asyncio.Protocol):
     def hold(self, size: int) -> bool:
         """Keep so many bytes more of the calls' requests, or fewer; whether there is room for them."""
         self._held += size
-        return self._held <= _MOST_HELD * self._host.options.max_message_bytes
+        return self._held <= self._host.options.max_held_bytes
 
     def reset(self, call: Call, code: int) -> None:
         """End a call whose client has broken the protocol."""
@@ -320,6 +330,9 @@ class Connection(asyncio.Protocol):
         if self._leaving:
             return
         self._leaving = True
+        if not self._greeted:
+            self._end(frames.NO_ERROR, why)
+            return
         everything = number(frames.LARGEST) + number(frames.NO_ERROR) + why
         self._outgoing.write(frame(frames.GOAWAY, 0, 0, everything) + frame(frames.PING, 0, 0, _LAST))
         self._deaf = asyncio.get_running_loop().call_later(_HEARS_S, self._finish)
@@ -338,6 +351,8 @@ class Connection(asyncio.Protocol):
         for call in [*self.calls.values()]:
             call.expel(why)
         self._end(frames.NO_ERROR, b"")
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()  # it takes nothing
 
     def _end(self, code: int, why: bytes) -> None:
         self._outgoing.write(frame(frames.GOAWAY, 0, 0, number(self._last) + number(code) + why[:_WHY]))
@@ -358,4 +373,5 @@ def _peer(address: object) -> str:
     if not isinstance(address, tuple):
         return "unix:"
     host, port = address[:2]
+    host = host.removeprefix("::ffff:")  # of a socket for both
     return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

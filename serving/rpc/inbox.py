@@ -42,7 +42,10 @@ class Inbox:
                 logger.exception("unexpected error in the server")
         self.afterwards = None
         for follow in afterwards:
-            follow()
+            try:
+                follow()
+            except Exception:
+                logger.exception("unexpected error in the server")
         if waiting and not self._told:
             self._told = True
             self.loop.call_soon(self._listen)

@@ -75,6 +75,7 @@ class Outgoing:
 
     def refuse(self, stream: int, block: bytes) -> None:
         """The header block that is all that a call gets."""
+        self.answered = True
         if block is not self._refusal or self._table:
             self._refusal, self._refusal_head = block, frames.head(frames.HEADERS, _LAST, len(block))
             self.write(self._framed(frames.END_STREAM, stream, block))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
@@ -80,12 +81,8 @@ class Server:
         self._listening: list[asyncio.Server] = []
         self._connections: set[Connection] = set()
         self._empty = asyncio.Event()
+        self.stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def max_message_bytes(self) -> int:
-        """Of what is taken in."""
-        return self.options.max_message_bytes
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         """More handlers; the first that has one for a call answers it."""
@@ -97,22 +94,39 @@ class Server:
         Raises:
             OSError: it cannot be bound.
         """
+        if host == "0.0.0.0":
+            with contextlib.suppress(OSError):  # IPv6 and IPv4 with one socket, where there is IPv6
+                return self._listen_at(socket.AF_INET6, ("::", port, 0, 0), tls)
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        problem: OSError | None = None
         for family, _, _, _, address in dict.fromkeys(found):
-            bound = _bound(family, (address[0], port, *address[2:]), self.options.reuse_port)
-            self._sockets.append((bound, tls))
-            port = bound.getsockname()[1]  # the same one for every address of the host
+            try:
+                port = self._listen_at(family, (address[0], port, *address[2:]), tls)  # the same for every address
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                problem = error  # one of a name's addresses may not be this machine's
+        if problem and not self._sockets:
+            raise problem
         return port
+
+    def _listen_at(self, family: int, address: Any, tls: ssl.SSLContext | None) -> int:
+        bound = _bound(family, address, self.options.reuse_port)
+        self._sockets.append((bound, tls))
+        return int(bound.getsockname()[1])
 
     async def start(self) -> None:
         """Answer calls."""
         loop = self.inbox.loop = asyncio.get_running_loop()
         for bound, tls in self._sockets:
-            self._listening.append(await loop.create_server(lambda: Connection(self), sock=bound, ssl=tls))
+            self._listening.append(
+                await loop.create_server(lambda: Connection(self), sock=bound, backlog=_BACKLOG, ssl=tls)
+            )
         self._sockets.clear()
 
     async def stop(self, grace: float | None) -> None:
         """Take no more connections, let the calls that run finish for `grace` seconds, and end the rest."""
+        self.stopping = True
         for bound, _ in self._sockets:
             bound.close()
         for listening in self._listening:

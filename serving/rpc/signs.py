@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from typing import Protocol
 
@@ -41,7 +42,8 @@ class Signs:
         self._silence = self._later(options.keepalive_time_s, self._look)
         self._age: asyncio.TimerHandle | None = None
         if options.max_connection_age_s:
-            self._age = self._later(options.max_connection_age_s, self._grow_old)
+            # Not all of a time: clients that came together should not all leave together.
+            self._age = self._later(options.max_connection_age_s * random.uniform(0.9, 1.1), self._grow_old)
 
     def heard(self) -> None:
         """It has sent something, or taken something."""

@@ -89,7 +89,7 @@ class Requests:
             message = messages.content(data, self._encoding, self._max_bytes)
         except messages.Unreadable as problem:
             self._source.refuse(problem)
-            raise
+            raise asyncio.CancelledError from problem  # as the task is: it is no error of whoever asked for it
         return self._parse(message) if self._parse else message
 
     def _go_on(self) -> None:

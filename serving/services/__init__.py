@@ -47,8 +47,7 @@ def handler(
 ) -> grpc.GenericRpcHandler:
     """The RPCs of a service, answered by the methods of the same names, and counted in `rpcs`; `gate` ends streams.
 
-    Messages are measured and parsed here and not by gRPC, which would not say which option limits their size, and
-    would answer INTERNAL to one that cannot be parsed.
+    Messages are measured and parsed here: `serving.rpc` knows neither what they are nor which option limits their size.
     """
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
@@ -197,7 +196,7 @@ class Rpc:
     def about(self, context: Context, data: bytes) -> logs.Fields:
         """What the log says of a call with this request."""
         request_id = logs.text_field(data, self.id_field) if self.id_field else ""
-        return logs.about(self.name, context.peer(), context.invocation_metadata() or (), request_id)
+        return logs.about(self.name, context.peer(), context.invocation_metadata(), request_id)
 
 
 def _logged_unary(call: Callable[..., Awaitable[Any]], rpc: Rpc) -> Callable[..., Awaitable[Any]]:

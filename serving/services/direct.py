@@ -77,7 +77,7 @@ def _fail(call: rpc.Call, rpcs: Rpcs, error: Exception) -> None:
     """End a call that is not answered, as `serving.services` ends all others."""
     if isinstance(error, Withdrawn):
         rpcs.call_ended(METHOD, "CANCELLED")
-        call.fail(grpc.StatusCode.CANCELLED, "", ())
+        call.fail(grpc.StatusCode.CANCELLED, "")
         return
 
     def about() -> logs.Fields:

@@ -28,7 +28,7 @@ def refusal(error: Exception, method: str) -> grpc.RpcMethodHandler[Any, Any]:
 
     async def refuse(_: object, context: rpc.Call) -> None:
         def about() -> logs.Fields:
-            return logs.about(method, context.peer(), context.invocation_metadata() or ())
+            return logs.about(method, context.peer(), context.invocation_metadata())
 
         code, details = to_status(error, about)
         context.set_code(code)  # as abort, without the cost of an exception
@@ -56,7 +56,7 @@ class Gate(grpc.GenericRpcHandler):
         self._open: set[Requests[Any]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Called by gRPC for each call; None leaves it to the next handler."""
+        """Asked for each call; None leaves it to the next handler."""
         method = handler_call_details.method
         if self.closed:
             return refusal(Unavailable(STOPPING), method)

@@ -7,6 +7,8 @@ were accepted. So this is asked as soon as a call's headers are there.
 from __future__ import annotations
 
 import time
+import weakref
+from collections.abc import Callable
 
 from serving import logs
 from serving.catalog import Catalog
@@ -43,7 +45,7 @@ class Overload:
         self._watched = bool(watched)
         self._clock = clock
         self._last: Refusal | None = None  # holds for whoever comes before the next look
-        self._of: ServedModel | None = None
+        self._of: Callable[[], ServedModel | None] = lambda: None  # a model that is replaced goes
         self._look_ns = 0
 
     def refuse(self, method: str, coming: int) -> Refusal | None:
@@ -57,10 +59,10 @@ class Overload:
         if served is None or self._watched or self._gate.closed or not served.scheduler.queue.is_full(coming):
             return None
         now_ns = self._clock()
-        if served is not self._of or now_ns >= self._look_ns:
+        if served is not self._of() or now_ns >= self._look_ns:
             if (error := served.scheduler.refusal(coming)) is None:
                 return None  # some of those that waited had left
-            self._last, self._of, self._look_ns = _refusal(error), served, now_ns + _LOOK_NS
+            self._last, self._of, self._look_ns = _refusal(error), weakref.ref(served), now_ns + _LOOK_NS
         assert self._last
         served.statistics.refused(now_ns)
         self._rpcs.call_ended(method[1:], _CODE.name)

@@ -60,7 +60,7 @@ class PreparedRequests:
         self._prepared: dict[tuple[bytes, int], Prepared] = {}
 
     def submit(self, data: bytes, deadline_ns: float, wait: Callable[[Running], Waits]) -> Waits | None:
-        """Put a request to its model, if it is prepared; None where it has to be decoded in full. On any thread.
+        """Put a request to its model, if it is prepared; None where it has to be decoded in full.
 
         Args:
             data: the request's bytes.
