@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import grpc
 
@@ -16,11 +16,8 @@ from serving.rpc import frames, messages
 from serving.rpc.headers import Head, Metadata, trailers, trailers_only
 from serving.rpc.inbox import Inbox
 from serving.rpc.options import Options
+from serving.rpc.outgoing import Outgoing
 from serving.rpc.stream import AHEAD_BYTES, Requests
-
-if TYPE_CHECKING:
-    from serving.rpc.connection import Connection
-    from serving.rpc.outgoing import Outgoing
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +29,18 @@ WINDOW = 1 << 20  # bytes that a client may send for a call before it is told th
 
 class Aborted(Exception):
     """Ends a handler whose call was given a status that is an error."""
+
+
+class Carrier(Protocol):
+    """What a call needs of its connection."""
+
+    peer: str  # the client's address
+
+    def hold(self, size: int) -> bool:
+        """Keep so many bytes more of requests, or fewer; whether there is room for them."""
+
+    def reset(self, call: Call, code: int) -> None:
+        """End a call whose client has broken the protocol."""
 
 
 class Host(Protocol):
@@ -74,7 +83,7 @@ class Call:
     _trailing: Metadata = ()
 
     def __init__(
-        self, host: Host, connection: Connection, outgoing: Outgoing, stream: int, head: Head, limited: bool
+        self, host: Host, connection: Carrier, outgoing: Outgoing, stream: int, head: Head, limited: bool
     ) -> None:
         """Begun.
 

@@ -260,7 +260,7 @@ class Connection(asyncio.Protocol):
             if payload:
                 raise Fault(frames.FRAME_SIZE_ERROR, "acknowledged SETTINGS with values")
             return
-        self._outgoing.set(payload, self.calls)
+        self._outgoing.set(payload, self.calls.values())
 
     def _widen(self, stream: int, payload: bytes) -> None:
         if len(payload) != 4:
@@ -311,8 +311,9 @@ class Connection(asyncio.Protocol):
         self._forget(call)
         call.leave()
 
-    def _close(self, call: Call) -> None:
+    def _close(self, stream: int) -> None:
         """A call's answers were sent."""
+        call = self.calls[stream]
         if not call.half_closed:  # the client need not send the rest
             self._outgoing.reset(call.stream, frames.NO_ERROR)
         self._forget(call)

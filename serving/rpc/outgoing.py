@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from serving.rpc import frames, messages
 from serving.rpc.frames import Fault, frame, number
 from serving.rpc.headers import RESPONSE, TRAILERS_OK
 from serving.rpc.inbox import Inbox
-
-if TYPE_CHECKING:
-    from serving.rpc.call import Call
 
 _MOST_RESIZED = 100  # times in a second that a client may change the windows of all calls
 _TABLE = 4096  # bytes of a client's table of headers, unless it says otherwise
@@ -23,16 +20,28 @@ _LAST = frames.END_STREAM | frames.END_HEADERS
 _OK_HEAD = frames.head(frames.HEADERS, _LAST, len(TRAILERS_OK))
 
 
+class Sending(Protocol):
+    """A call, as far as its answers go."""
+
+    stream: int
+    window: int  # bytes that may be sent
+    unsent: deque[memoryview] | None  # answers that the windows do not let out yet
+    last: bytes | None  # the header block that comes after them
+
+    def sent(self) -> None:
+        """The windows have let out all answers there were."""
+
+
 class Outgoing:
     """Of one connection."""
 
-    def __init__(self, transport: asyncio.Transport, inbox: Inbox, closed: Callable[[Call], None]) -> None:
+    def __init__(self, transport: asyncio.Transport, inbox: Inbox, closed: Callable[[int], None]) -> None:
         """Nothing yet.
 
         Args:
             transport: takes bytes.
             inbox: knows whether answers of a batch are being given.
-            closed: told of a call whose last frame was sent.
+            closed: told of a stream whose last frame was sent.
         """
         self.first_window = frames.DEFAULT_WINDOW  # of a new stream
         self.gathering = False  # what is written waits for `flush`
@@ -46,7 +55,7 @@ class Outgoing:
         self._max_frame = frames.DEFAULT_MAX_FRAME
         self._table = b""  # what the next header block must say of the client's table
         self._resized, self._resized_s = 0, 0.0  # how often, since when
-        self._blocked: dict[int, Call] = {}  # those that have more to send than the windows let out
+        self._blocked: dict[int, Sending] = {}  # those that have more to send than the windows let out
         self._refusal = self._refusal_head = b""  # the last one
         self._room = asyncio.Event()  # the socket takes more
         self._room.set()
@@ -82,7 +91,7 @@ class Outgoing:
         else:  # as most are, one after the other
             self.write(b"".join((self._refusal_head, number(stream), block)))
 
-    def answer(self, call: Call, message: bytes) -> None:
+    def answer(self, call: Sending, message: bytes) -> None:
         """The only answer of a call, and its end."""
         size = messages.PREFIX_BYTES + len(message)
         if size > self._window or size > call.window or size > self._max_frame or self._table:
@@ -98,13 +107,13 @@ class Outgoing:
         self.write(
             b"".join((_RESPONSE_HEAD, stream, RESPONSE, data, stream, prefix, message, _OK_HEAD, stream, TRAILERS_OK))
         )
-        self._closed(call)
+        self._closed(call.stream)
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: Sending) -> None:
         """The headers before the first answer."""
         self.write(self._framed(0, call.stream, RESPONSE))
 
-    def send(self, call: Call, message: bytes) -> None:
+    def send(self, call: Sending, message: bytes) -> None:
         """One answer, as far as the windows let it out."""
         if call.unsent is None:
             call.unsent = deque()
@@ -122,12 +131,12 @@ class Outgoing:
         else:
             self._room.clear()
 
-    def end(self, call: Call, block: bytes) -> None:
+    def end(self, call: Sending, block: bytes) -> None:
         """The header block that ends a call, behind the answers that wait."""
         call.last = block
         self._send(call)
 
-    def forget(self, call: Call) -> None:
+    def forget(self, call: Sending) -> None:
         """Send nothing more of a call."""
         if call.unsent:
             self._blocked.pop(call.stream, None)
@@ -141,7 +150,7 @@ class Outgoing:
         """Let a client send so many bytes more, for a call or, with 0, for all of them."""
         self.write(frame(frames.WINDOW_UPDATE, 0, stream, number(size)))
 
-    def _send(self, call: Call) -> None:
+    def _send(self, call: Sending) -> None:
         """What the windows let out."""
         self.answered = True
         out: list[bytes] = []
@@ -166,7 +175,7 @@ class Outgoing:
             return
         self._blocked.pop(call.stream, None)
         if call.last is not None:
-            self._closed(call)
+            self._closed(call.stream)
         call.sent()
 
     def _framed(self, flags: int, stream: int, block: bytes) -> bytes:
@@ -197,7 +206,7 @@ class Outgoing:
             raise Fault(frames.FLOW_CONTROL_ERROR, f"a window of {self._window} bytes")
         self._flush_blocked()
 
-    def widen_call(self, call: Call, more: int) -> bool:
+    def widen_call(self, call: Sending, more: int) -> bool:
         """A call's window is wider; whether that may be."""
         call.window += more
         if not more or call.window > frames.LARGEST:
@@ -206,7 +215,7 @@ class Outgoing:
             self._send(call)
         return True
 
-    def set(self, payload: bytes, calls: dict[int, Call]) -> None:
+    def set(self, payload: bytes, calls: Iterable[Sending]) -> None:
         """The client's settings, which are acknowledged; they hold for the calls that are open, too.
 
         Raises:
@@ -224,7 +233,7 @@ class Outgoing:
         if more > 0:
             self._flush_blocked()
 
-    def _resize(self, more: int, calls: dict[int, Call]) -> None:
+    def _resize(self, more: int, calls: Iterable[Sending]) -> None:
         """Change the windows of all calls."""
         now_s = self._loop.time()
         if now_s - self._resized_s >= 1:
@@ -233,7 +242,7 @@ class Outgoing:
         if self._resized > _MOST_RESIZED:
             raise Fault(frames.ENHANCE_YOUR_CALM, "windows that do not stay")
         self.first_window += more
-        for call in calls.values():
+        for call in calls:
             call.window += more
             if call.window > frames.LARGEST:
                 raise Fault(frames.FLOW_CONTROL_ERROR, f"a window of {call.window} bytes")
