@@ -114,6 +114,16 @@ class _Lane:
         while self._owed:
             self._driver.record(CONNECTION_LOST, self._owed.popleft().start)
 
+    def gather(self) -> None:
+        """Requests go out together, with `flush`."""
+        if self._connection:
+            self._connection.gather()
+
+    def flush(self) -> None:
+        """Send what was gathered."""
+        if self._connection:
+            self._connection.flush()
+
     def issue(self) -> None:
         """Send the next request."""
         index = self._turn % len(self._driver.bodies)
@@ -302,9 +312,13 @@ class Driver:
         count = 0
         while (now := perf_counter()) < self._end:
             due = int((now - start) * rate)
+            for lane in lanes:
+                lane.gather()
             while count < due:
                 if now >= self._begin:
                     self._record.lags.append(now - start - (count + 1) / rate)
                 lanes[count % len(lanes)].issue()
                 count += 1
+            for lane in lanes:
+                lane.flush()
             await asyncio.sleep(0.001)

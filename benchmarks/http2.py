@@ -92,7 +92,7 @@ class Connection(asyncio.Protocol):
         self._blocked: deque[tuple[Call, memoryview, bool]] = deque()  # what the windows do not let out yet
         self._out: list[bytes] = []
         self._rest = b""
-        self._parsing = False
+        self._gathering = False  # what is written waits for `flush`
         self._block: tuple[int, int, bytes] | None = None  # stream, flags and the beginning of a header block
         self._window = DEFAULT_WINDOW
         self._initial_window = DEFAULT_WINDOW
@@ -123,7 +123,7 @@ class Connection(asyncio.Protocol):
         self._write(b"".join((self._head, number, self._fields)))
         self._head, self._fields = self._indexed
         self._blocked.append((call, memoryview(body), True))
-        self._flush()
+        self._unblock()
 
     def open_stream(self, tag: Any = None) -> Call:
         """Begin a streamed call."""
@@ -144,12 +144,25 @@ class Connection(asyncio.Protocol):
             self._write(frame(DATA, END_STREAM if end else 0, call.stream, body))
             return
         self._blocked.append((call, memoryview(body), end))
-        self._flush()
+        self._unblock()
 
     def finish(self, call: Call) -> None:
         """Send no more on a streamed call; what was sent is still answered."""
         if not self._transport.is_closing():
             self.send(call, b"", end=True)
+
+    def gather(self) -> None:
+        """Everything that is sent from here on goes out in one write, with `flush`."""
+        self._gathering = True
+
+    def flush(self) -> None:
+        """Send what was gathered."""
+        self._gathering = False
+        if self._out:
+            joined = b"".join(self._out)
+            self._out.clear()
+            self.sent_bytes += len(joined)
+            self._transport.write(joined)
 
     def close(self) -> None:
         """Close the connection; calls under way end with CONNECTION_LOST."""
@@ -173,7 +186,7 @@ class Connection(asyncio.Protocol):
         self.received_bytes += len(data)
         if self._rest:
             data = self._rest + data
-        self._parsing = True
+        self.gather()
         at, size, head = 0, len(data), _HEAD.unpack_from
         while size - at >= 9:
             high, low, kind, flags, stream = head(data, at)
@@ -189,9 +202,7 @@ class Connection(asyncio.Protocol):
                 self._control(kind, flags, stream, payload)
             at = end
         self._rest = data[at:]
-        self._parsing = False
-        if self._out:
-            self._write(b"")
+        self.flush()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._stop()
@@ -203,15 +214,11 @@ class Connection(asyncio.Protocol):
     # Sending.
 
     def _write(self, data: bytes) -> None:
-        """Everything that one read caused goes out in one write."""
         self._out.append(data)
-        if not self._parsing:
-            joined = b"".join(self._out) if len(self._out) > 1 else data
-            self._out.clear()
-            self.sent_bytes += len(joined)
-            self._transport.write(joined)
+        if not self._gathering:
+            self.flush()
 
-    def _flush(self) -> None:
+    def _unblock(self) -> None:
         """Send what the windows allow, each stream's data in order."""
         still: deque[tuple[Call, memoryview, bool]] = deque()
         stuck: set[int] = set()
@@ -272,7 +279,7 @@ class Connection(asyncio.Protocol):
         if kind == SETTINGS and not flags & ACK:
             self._settings(payload)
             self._write(frame(SETTINGS, ACK, 0))
-            self._flush()
+            self._unblock()
         elif kind == PING and not flags & ACK:
             self._write(frame(PING, ACK, 0, payload))
         elif kind == WINDOW_UPDATE:
@@ -282,7 +289,7 @@ class Connection(asyncio.Protocol):
             elif call := self._calls.get(stream):
                 call.window += more
             if self._blocked:
-                self._flush()
+                self._unblock()
         elif kind == RST_STREAM:
             code = int.from_bytes(payload, "big")
             self._end(stream, UNPROCESSED if code == REFUSED_STREAM else Status("RST_STREAM", f"error code {code}"))
