@@ -12,19 +12,20 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Barrier
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.calls import connect
 from benchmarks.exchanges import Exchange
-from benchmarks.headers import CONNECTION_LOST, UNPROCESSED, Status
+from benchmarks.headers import CONNECTION_LOST, OK, UNPROCESSED, Status
 from benchmarks.http2 import Call, Connection, message
 from benchmarks.processes import cpu_s
 from protos import open_inference as pb
 
 Floats = npt.NDArray[np.float64]
+_Request: TypeAlias = tuple[float, int]  # when it was sent, `perf_counter()`, and the number of its exchange
 
 UNARY, STREAM = (pb.RPCS[name].path for name in ("ModelInfer", "ModelStreamInfer"))
 GRACE_S = 10.0  # how long answers are waited for when the time is over
@@ -32,7 +33,6 @@ RETRY_S = 0.001  # until another try: gRPC core frees a stream a little after it
 TRIED_S = 5.0  # for so long a request is sent again that the server says it has not looked at
 _MOST_KNOWN = 1000  # answers to one request that are remembered as right
 
-OK = Status("OK")
 WRONG = Status("WRONG", "the answer is not the expected one")
 UNANSWERED = Status("UNANSWERED", f"no answer within {GRACE_S:g} s after the load ended")
 
@@ -65,11 +65,6 @@ class Record:
     received_bytes: float = 0
     cpu_s: float = 0.0
     watched_cpu_s: float = 0.0
-
-
-class _Request(NamedTuple):
-    start: float  # `perf_counter()`
-    exchange: int  # its number
 
 
 class _Lane:
@@ -112,7 +107,7 @@ class _Lane:
     def give_up(self) -> None:
         """What waits for a connection has failed."""
         while self._owed:
-            self._driver.record(CONNECTION_LOST, self._owed.popleft().start)
+            self._driver.record(CONNECTION_LOST, self._owed.popleft()[0])
 
     def gather(self) -> None:
         """Requests go out together, with `flush`."""
@@ -126,54 +121,56 @@ class _Lane:
 
     def issue(self) -> None:
         """Send the next request."""
-        index = self._turn % len(self._driver.bodies)
+        driver = self._driver
+        index = self._turn % len(driver.bodies)
         self._turn += 1
-        self._driver.sent()
-        self._send(_Request(perf_counter(), index))
+        driver.pending += 1
+        self._send((perf_counter(), index))
 
     def _send(self, request: _Request) -> None:
         driver, connection = self._driver, self._connection
         if connection is None:
             if driver.stopping or (self._down and driver.load.rate is not None):
-                driver.record(CONNECTION_LOST, request.start)
+                driver.record(CONNECTION_LOST, request[0])
             else:  # a closed loop waits
                 self._owed.append(request)
         elif not driver.load.stream:
-            connection.call(driver.bodies[request.exchange], request)
+            connection.call(driver.bodies[request[1]], request)
         else:
             if self._call is None:
                 self._call = connection.open_stream(deque())
             self._call.tag.append(request)
-            connection.send(self._call, driver.bodies[request.exchange])
+            connection.send(self._call, driver.bodies[request[1]])
 
     def answered(self, call: Call, body: bytes) -> None:
         if call.tag:
-            request = call.tag.popleft()
-            self._driver.record(self._driver.judge(request.exchange, body), request.start)
+            start, exchange = call.tag.popleft()
+            self._driver.record(self._driver.judge(exchange, body), start)
             self._again()
         else:
             self._driver.record(Status("WRONG", "an answer that no request asked for"), perf_counter())
 
     def ended(self, call: Call, status: Status) -> None:
         if not call.streamed:
-            if status.name == "OK":
-                status = self._driver.judge(call.tag.exchange, call.body)
-            if not self._try_again(call.tag, status):
-                self._driver.record(status, call.tag.start)
+            start, exchange = call.tag
+            if status is OK:
+                status = self._driver.judge(exchange, call.body)
+            if status is not UNPROCESSED or not self._try_again(call.tag):
+                self._driver.record(status, start)
                 self._again()
             return
         if call is self._call:
             self._call = None
-        if status.name == "OK":
+        if status is OK:
             status = Status("STREAM_ENDED", "the stream ended before its requests were answered")
         for request in call.tag:
-            if not self._try_again(request, status):
-                self._driver.record(status, request.start)
+            if status is not UNPROCESSED or not self._try_again(request):
+                self._driver.record(status, request[0])
                 asyncio.get_running_loop().call_later(0.01, self._again)  # a stream that fails at once must not spin
 
-    def _try_again(self, request: _Request, status: Status) -> bool:
+    def _try_again(self, request: _Request) -> bool:
         """As gRPC's clients do with what the server has not looked at."""
-        if status is not UNPROCESSED or perf_counter() - request.start >= TRIED_S or self._driver.stopping:
+        if perf_counter() - request[0] >= TRIED_S or self._driver.stopping:
             return False
         asyncio.get_running_loop().call_later(RETRY_S, self._send, request)
         return True
@@ -215,7 +212,7 @@ class Driver:
         self._known: list[set[bytes]] = [set() for _ in load.exchanges]  # answers that were found right
         self._record = Record()
         self._begin = self._end = math.inf
-        self._pending = 0
+        self.pending = 0
         self._idle = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -223,9 +220,6 @@ class Driver:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def sent(self) -> None:
-        self._pending += 1
 
     def judge(self, index: int, body: bytes) -> Status:
         """The status of an answer that came without an error of gRPC's."""
@@ -253,13 +247,16 @@ class Driver:
     def record(self, status: Status, start: float) -> None:
         """Count an answer. Closed loop: those that end while it counts; open loop: those that were sent then."""
         now = perf_counter()
-        self._pending -= 1
+        self.pending -= 1
         when = now if self.load.rate is None else start
         if self._begin <= when < self._end:
-            self._record.samples.setdefault(status.name, array("d")).append(now - start)
-            if status.message:
-                self._record.messages.setdefault(status.name, status.message)
-        if self.stopping and self._pending <= 0:
+            samples = self._record.samples.get(status.name)
+            if samples is None:
+                samples = self._record.samples[status.name] = array("d")
+                if status.message:
+                    self._record.messages[status.name] = status.message
+            samples.append(now - start)
+        if self.stopping and self.pending <= 0:
             self._idle.set()
 
     async def run(self, barrier: Barrier | None) -> Record:
@@ -289,11 +286,11 @@ class Driver:
         self.stopping = True
         for lane in lanes:
             lane.give_up()
-        if self._pending > 0:
+        if self.pending > 0:
             try:
                 await asyncio.wait_for(self._idle.wait(), GRACE_S)
             except TimeoutError:
-                record.samples[UNANSWERED.name] = array("d", [math.nan] * self._pending)
+                record.samples[UNANSWERED.name] = array("d", [math.nan] * self.pending)
                 record.messages[UNANSWERED.name] = UNANSWERED.message
         for task in self._tasks:
             task.cancel()

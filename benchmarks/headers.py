@@ -22,6 +22,7 @@ class Status(NamedTuple):
     message: str = ""
 
 
+OK = Status("OK")
 CONNECTION_LOST = Status("CONNECTION_LOST", "the connection ended while the call was under way")
 UNPROCESSED = Status(
     "UNPROCESSED", "the server refused the stream, or closed the connection, without a look at the call"
@@ -36,7 +37,8 @@ def status_of(block: bytes) -> Status:
     if status is None:
         headers = {bytes(name): bytes(value) for name, value in hpack.Decoder().decode(block, raw=True)}
         code = int(headers.get(b"grpc-status", b"2"))
-        status = Status(NAMES.get(code, f"STATUS_{code}"), unquote(headers.get(b"grpc-message", b"").decode()))
+        text = unquote(headers.get(b"grpc-message", b"").decode())
+        status = OK if code == 0 else Status(NAMES.get(code, f"STATUS_{code}"), text)
         if len(_statuses) < _MOST_CACHED:
             _statuses[block] = status
     return status

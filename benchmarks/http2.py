@@ -197,7 +197,8 @@ class Connection(asyncio.Protocol):
             if kind == DATA:
                 self._data(flags, stream, payload)
             elif kind == HEADERS:
-                self._headers(flags, stream, payload)
+                if flags != END_HEADERS:  # or they begin an answer, and say nothing that its end does not
+                    self._headers(flags, stream, payload)
             else:
                 self._control(kind, flags, stream, payload)
             at = end

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.calls import ask, new_loop
-from benchmarks.driver import OK, UNANSWERED, UNARY, Driver, Floats, Load, Record
+from benchmarks.driver import UNANSWERED, UNARY, Driver, Floats, Load, Record
 from benchmarks.exchanges import Exchange, infer_request, random_inputs
+from benchmarks.headers import OK
 from protos import open_inference as pb
 from serving.tensors import TensorSpec
 from serving.wire import decode_outputs
