@@ -16,6 +16,7 @@ from serving.bundle import Bundle, Manifest
 from serving.config import ServerConfig
 from serving.errors import BundleError, DeviceError, GoldenMismatch
 from serving.parity import Comparison, compare_outputs, tolerance
+from serving.request_queue import Tell
 from serving.scheduler import Limits, Scheduler
 from serving.statistics import Statistics
 from serving.versions import check_inside
@@ -50,7 +51,7 @@ class ServedModel:
         return _mismatch(self.backend, self.golden) if self.golden and not self.golden.passed else ""
 
 
-def load(config: ServerConfig, name: str, version: str) -> ServedModel:
+def load(config: ServerConfig, name: str, version: str, tell: Tell) -> ServedModel:
     """Make a version of the repository ready to serve; what came of it is logged.
 
     Raises:
@@ -59,7 +60,7 @@ def load(config: ServerConfig, name: str, version: str) -> ServedModel:
     """
     start = time.perf_counter()
     try:
-        served = _open(config, name, version)
+        served = _open(config, name, version, tell)
     except DeviceError:
         raise
     except BundleError as error:
@@ -78,7 +79,7 @@ def load(config: ServerConfig, name: str, version: str) -> ServedModel:
     return served
 
 
-def _open(config: ServerConfig, name: str, version: str) -> ServedModel:
+def _open(config: ServerConfig, name: str, version: str, tell: Tell) -> ServedModel:
     folder = config.repository / name / version
     check_inside(config.repository, folder)
     manifest, golden = None, None
@@ -104,7 +105,7 @@ def _open(config: ServerConfig, name: str, version: str) -> ServedModel:
         config.max_queue_delay_us,
         buckets=buckets,
     )
-    scheduler = Scheduler(name, backend.run, statistics, limits, config.instances)
+    scheduler = Scheduler(name, backend.run, statistics, limits, config.instances, tell)
     return ServedModel(name, version, backend, scheduler, statistics, max_batch_size, manifest, golden, buckets)
 
 

@@ -18,6 +18,7 @@ from serving.catalog import UNLOADED, Catalog, State, Status
 from serving.config import ServerConfig
 from serving.errors import BundleError, DeviceError, InvalidArgument, NotFound, Unavailable
 from serving.loading import ServedModel
+from serving.request_queue import Tell, at_once
 from serving.version_labels import Labels
 from serving.versions import Files, Seen, VersionPolicy, look
 
@@ -29,9 +30,16 @@ logger = logging.getLogger(__name__)
 class Repository(Catalog):
     """The models that a server serves, from the folder `config.repository`."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, tell: Tell = at_once) -> None:
+        """Nothing yet.
+
+        Args:
+            config: which models and versions, and how they run.
+            tell: has callers told of their answers; see `Scheduler`.
+        """
         super().__init__()
         self._config = config
+        self._tell_callers = tell
         self._policy = VersionPolicy.parse(config.version_policy)
         self._wanted: set[str] = set()  # from the start on; what fails to load later does not make the server unready
         self._retired = False
@@ -235,7 +243,7 @@ class Repository(Catalog):
         if before is None or before.served is None:
             self._note(Status(name, version, State.LOADING))
         try:
-            served = loading.load(self._config, name, version)
+            served = loading.load(self._config, name, version, self._tell_callers)
         except (BundleError, DeviceError) as error:
             if before and before.served:
                 reasons = (before.served.doubt, f"what was loaded goes on being served, since now: {error}")

@@ -9,7 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from serving.errors import DeadlineExceeded, QueueFull
 from serving.statistics import Stages, Statistics
@@ -18,8 +18,14 @@ from serving.tensors import Array
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], int]  # nanoseconds, as `time.monotonic_ns` counts them
+Tell = Callable[[Callable[[Any], None], Any], None]  # has something called with an argument, where callers wait
 
 _PURGE_NS = 10_000_000  # a full queue is searched for requests that nobody waits for so often at most: it costs
+
+
+def at_once(callback: Callable[[Any], None], argument: Any) -> None:
+    """Call it on whichever thread this is."""
+    callback(argument)
 
 
 class Withdrawn(Exception):
@@ -42,10 +48,10 @@ class Batch:
 
     __slots__ = ("_raw", "assembled_ns", "computed_ns", "error", "outputs", "requests", "rows", "shared", "taken_ns")
 
-    def __init__(self, requests: list[Request], taken_ns: int) -> None:
+    def __init__(self, requests: list[Request], rows: int, taken_ns: int) -> None:
         self.requests = requests
         self.shared = len(requests) > 1
-        self.rows = sum(request.rows for request in requests)
+        self.rows = rows
         self.taken_ns = self.assembled_ns = self.computed_ns = taken_ns
         self.outputs: dict[str, Array] = {}
         self.error: Exception | None = None
@@ -64,17 +70,18 @@ class Batch:
         for request in requests:
             request._batch, request._start = self, start
             start += request.rows
-            request.settle(self.error)
+            request.error = self.error
+            request.settle()
 
 
 class Waiter(Protocol):
-    """Whoever asked. Both may be called by any thread, and must neither block nor come back to the queue."""
+    """Whoever asked."""
 
     def gone(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+        """Whether nobody waits for the answer any more. Asked on any thread; must neither block nor come back."""
 
     def answered(self, request: Request) -> None:
-        """Told once what came of the request, gone or not."""
+        """Told once what came of the request, gone or not; where the scheduler's `tell` has it told."""
 
 
 class Request:
@@ -97,11 +104,10 @@ class Request:
         self._batch: Batch
         self._start = 0
 
-    def settle(self, error: Exception | None) -> None:
+    def settle(self) -> None:
         """Tell whoever asked that this has its answer, or why not."""
         waiter = self.waiter
         del self.waiter  # or they would keep each other
-        self.error = error
         try:
             waiter.answered(self)
         except Exception:  # the others must be told all the same
@@ -141,11 +147,12 @@ class Request:
 class Queue:
     """The requests that wait for one model, in order."""
 
-    def __init__(self, name: str, limits: Limits, statistics: Statistics, clock: Clock) -> None:
+    def __init__(self, name: str, limits: Limits, statistics: Statistics, clock: Clock, tell: Tell = at_once) -> None:
         self._name = name
         self._limits = limits
         self._statistics = statistics
         self._clock = clock
+        self._tell = tell
         self._waiting: deque[Request] = deque()
         self._rows = 0  # of those that wait
         self._purge_ns = 0  # when the next search may be
@@ -231,7 +238,7 @@ class Queue:
                 rows += request.rows
         self._rows -= rows
         self.running += len(taken)
-        return Batch(taken, now) if taken else None
+        return Batch(taken, rows, now) if taken else None
 
     def finished(self, batch: Batch) -> None:
         """Make room for others."""
@@ -259,7 +266,8 @@ class Queue:
             return False
         self._rows -= request.rows
         self.nbytes -= request.nbytes
-        request.settle(error)
+        request.error = error
+        self._tell(Request.settle, request)
         return True
 
     def _expired(self) -> DeadlineExceeded:

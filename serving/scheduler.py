@@ -3,8 +3,9 @@
 Work-conserving: an idle model runs what is there at once; a busy one takes, when it is free again, what queued up
 meanwhile. Requests are never split, never reordered, and each gets exactly its own rows.
 
-Whoever asks may do so on any thread, and is told on the model's, which wakes no other for that: how the answers of a
-batch get elsewhere, and with how few wake-ups, is the business of those who wait.
+Whoever asks may do so on any thread. All callers of a batch are told of it together, where they wait: for the model's
+thread, that is one hand-over a batch, and between two runs it has as little to do as there may be. While it waits for
+the interpreter's lock, nothing is computed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from serving.errors import QueueFull, Unavailable
-from serving.request_queue import Batch, Clock, Limits, Queue, Request, Waiter
+from serving.request_queue import Batch, Clock, Limits, Queue, Request, Tell, Waiter, at_once
 from serving.statistics import Statistics
 from serving.tensors import Array
 
@@ -32,12 +33,13 @@ class Closed(Unavailable):
 
 
 class OnLoop:
-    """Waits on an event loop: a future of the request, which then has its answer or error."""
+    """Waits on an event loop: a future of the request, which then has its answer or error. May be told anywhere."""
 
-    __slots__ = ("_loop", "future")
+    __slots__ = ("_loop", "_thread", "future")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self.future: asyncio.Future[Request] = self._loop.create_future()
 
     def gone(self) -> bool:
@@ -45,8 +47,11 @@ class OnLoop:
         return self.future.cancelled()
 
     def answered(self, request: Request) -> None:
-        """Have the future told."""
-        self._loop.call_soon_threadsafe(self._tell, request)
+        """Tell the future."""
+        if threading.get_ident() == self._thread:
+            self._tell(request)
+        else:
+            self._loop.call_soon_threadsafe(self._tell, request)
 
     def _tell(self, request: Request) -> None:
         if self.future.done():
@@ -67,6 +72,7 @@ class Scheduler:
         statistics: Statistics,
         limits: Limits,
         instances: int = 1,
+        tell: Tell = at_once,
         clock: Clock = time.monotonic_ns,
     ) -> None:
         """Start the threads.
@@ -77,6 +83,8 @@ class Scheduler:
             statistics: gets every execution and every request that is refused or dropped.
             limits: what the scheduler may hold.
             instances: threads that run the model.
+            tell: has the callers of a batch told, such as on the event loop that they wait on; they must not block, nor
+                come back to the scheduler, where that is on the model's thread, as it is by default.
             clock: what deadlines and times are measured with.
         """
         self._name = name
@@ -85,7 +93,8 @@ class Scheduler:
         self.limits = limits
         self.instances = instances
         self._clock = clock
-        self.queue = Queue(name, limits, statistics, clock)  # changed by who holds the next
+        self._tell = tell
+        self.queue = Queue(name, limits, statistics, clock, tell)  # changed by who holds the next
         self._changed = threading.Condition(threading.Lock())
         self._closed = False
         self._threads = [
@@ -156,7 +165,7 @@ class Scheduler:
                         part.computed_ns - part.assembled_ns,
                         self._clock() - part.computed_ns,
                     )
-                part.settle()
+                self._tell(Batch.settle, part)
             del batch, parts, part  # or they would be kept until the next one comes
 
     def _next(self) -> Batch | None:
@@ -184,7 +193,11 @@ class Scheduler:
             batch.outputs = outputs if len(requests) == 1 and rows == batch.rows else _rows(outputs, rows, batch.rows)
         except Exception as error:
             if len(requests) > 1:  # one request's input may be at fault: the others must not suffer
-                return [part for request in requests for part in self._execute(Batch([request], batch.taken_ns))]
+                return [
+                    part
+                    for request in requests
+                    for part in self._execute(Batch([request], request.rows, batch.taken_ns))
+                ]
             batch.error = error
         return [batch]
 

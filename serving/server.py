@@ -69,7 +69,8 @@ class Server:
             StartupError: a file of them is wrong.
         """
         self._config = config
-        self.repository = Repository(config)
+        inbox = rpc.Inbox()
+        self.repository = Repository(config, inbox.tell)
         self._rpcs = Rpcs()
         self._metrics: Endpoint | None = None
         self._polling: asyncio.Task[None] | None = None
@@ -93,6 +94,7 @@ class Server:
             None
             if watched or config.log_requests == "all"
             else direct(prepared, self._rpcs, self._gate, config.max_message_bytes),
+            inbox,
         )
         self._classifier = ClassifierService(self.repository, config, self._rpcs)
         open_inference_service = OpenInferenceService(self.repository, config, self._rpcs, self._control, prepared)

@@ -313,7 +313,7 @@ def test_what_is_refused_need_not_be_sent(server):
 
 
 def test_a_call_may_be_answered_without_a_handler(caplog):
-    seen = []
+    seen, inbox = [], rpc.Inbox()
 
     def direct(data, call):
         """Answers later, told by a thread of its own; leaves a call without a request's bytes to the handlers."""
@@ -324,11 +324,11 @@ def test_a_call_may_be_answered_without_a_handler(caplog):
         elif data == b"refused":
             call.fail(grpc.StatusCode.NOT_FOUND, "no", (("hint-bin", b"1"),))
         elif data:
-            threading.Thread(target=call.tell, args=(call.end, data + call.details.method.encode())).start()
+            threading.Thread(target=inbox.tell, args=(call.end, data + call.details.method.encode())).start()
         return bool(data)
 
     handlers, method = Handlers(), f"/{SERVICE}/echo"
-    with served(handlers, direct=rpc.Direct([method], direct)) as (channel, _):
+    with served(handlers, direct=rpc.Direct([method], direct), inbox=inbox) as (channel, _):
         assert unary(channel, "echo")(b"direct ", timeout=10) == b"direct " + method.encode()
         assert unary(channel, "echo")(b"", timeout=10) == b""
         assert unary(channel, "nap")(b"found first", timeout=10) == b"rested"
@@ -345,7 +345,7 @@ def test_a_call_may_be_answered_without_a_handler(caplog):
         assert not seen[0].cancelled()
         leaving.cancel()
         wait_until(lambda: seen[0].cancelled())
-        seen[0].tell(seen[0].end, b"too late")
+        inbox.tell(seen[0].end, b"too late")
         assert unary(channel, "echo")(b"goes on ", timeout=10) == b"goes on " + method.encode()
     assert [data for data, *_ in handlers.seen] == [b""]
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import math
+import queue as queue_module
 import threading
 import time
 import weakref
@@ -346,6 +348,28 @@ def test_who_left_and_who_is_late_make_room_when_it_is_needed():
     queue.finished(batch)
     assert (queue.nbytes, queue.running, len(queue)) == (0, 0, 0)
     assert statistics.drops["queue_full"] == 1
+
+
+def test_the_callers_of_a_batch_are_told_together_and_where_they_wait():
+    model, told = Model(held=True), queue_module.SimpleQueue()
+    scheduler = Scheduler("m", model.run, Statistics(), Limits(8), tell=lambda *call: told.put(call))
+    askers = [Asker() for _ in range(4)]
+    try:
+        scheduler.submit(rows(1), math.inf, askers[0])
+        assert model.started.wait(10)
+        for value, asker in enumerate(askers[1:], 2):
+            scheduler.submit(rows(value), math.inf, asker)
+        askers[3].left = True
+        model.released.set()
+        calls = [told.get(timeout=10) for _ in range(3)]
+        assert [asker.told for asker in askers] == [None] * 4
+        for callback, argument in calls:
+            callback(argument)
+        assert told.empty()
+        assert isinstance(askers[3].told.error, Withdrawn)
+        assert [asker.told.outputs["y"].item() for asker in askers[:3]] == [2, 4, 6]
+    finally:
+        scheduler.close()
 
 
 def test_several_instances_run_at_once():

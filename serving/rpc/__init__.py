@@ -21,7 +21,20 @@ them. Header compression is the library hpack's; TLS and sockets are the event l
 
 from serving.rpc.call import Aborted, Call, Handler
 from serving.rpc.headers import CallDetails
+from serving.rpc.inbox import Inbox
 from serving.rpc.options import Options
 from serving.rpc.server import Direct, Find, Limit, Refusal, Server
 
-__all__ = ["Aborted", "Call", "CallDetails", "Direct", "Find", "Handler", "Limit", "Options", "Refusal", "Server"]
+__all__ = [
+    "Aborted",
+    "Call",
+    "CallDetails",
+    "Direct",
+    "Find",
+    "Handler",
+    "Inbox",
+    "Limit",
+    "Options",
+    "Refusal",
+    "Server",
+]

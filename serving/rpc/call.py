@@ -14,7 +14,6 @@ import grpc
 
 from serving.rpc import frames, messages
 from serving.rpc.headers import Head, Metadata, trailers, trailers_only
-from serving.rpc.inbox import Inbox
 from serving.rpc.options import Options
 from serving.rpc.outgoing import Outgoing
 from serving.rpc.stream import AHEAD_BYTES, Requests
@@ -46,7 +45,6 @@ class Carrier(Protocol):
 class Host(Protocol):
     """What a call needs of its server."""
 
-    inbox: Inbox
     options: Options
     starting: int
 
@@ -58,7 +56,7 @@ class Host(Protocol):
 
 
 class Call:
-    """What a handler knows as its context. Everything but `tell` belongs to the event loop."""
+    """What a handler knows as its context. Everything but `cancelled` belongs to the event loop."""
 
     # As most calls leave it: what a call does not need costs it nothing.
     handler: Handler | None = None  # of a unary call, where it was found before the request was there
@@ -161,10 +159,6 @@ class Call:
             self._starting = self._limited
             self._host.starting += self._starting
             self._task = self._host.run(self._guarded(self._unary, handler, data))
-
-    def tell(self, callback: Callable[[Any], None], argument: Any = None) -> None:
-        """Have something called on the event loop; from any thread."""
-        self._host.inbox.tell(callback, argument)
 
     def fail(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata = ()) -> None:
         """End the call with this status, where no handler does."""

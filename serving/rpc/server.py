@@ -58,6 +58,7 @@ class Server:
         options: Options | None = None,
         limit: Limit | None = None,
         direct: Direct | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
         """Not listening yet.
 
@@ -67,9 +68,10 @@ class Server:
             options: how connections behave.
             limit: what is refused before anything else hears of it.
             direct: asked for calls of its methods; where it does not see to one, interceptors and handlers hear of it.
+            inbox: where other threads have things done that concern calls; works from `start` on.
         """
         self.options = options or Options()
-        self.inbox = Inbox()
+        self.inbox = inbox or Inbox()
         self.starting = 0  # calls of the methods of `limit` that have been read, and whose handlers do not run yet
         self._find: Find = self._handler
         for interceptor in reversed(interceptors):

@@ -52,11 +52,7 @@ class _Waiting:
         self.gone = call.cancelled
 
     def answered(self, request: Request) -> None:
-        """Have it sent: the model's thread has the next batch to run."""
-        self._call.tell(self._send, request)
-
-    def _send(self, request: Request) -> None:
-        """Send the answer, or the error."""
+        """Send the answer, or the error; on the event loop."""
         call, error = self._call, request.error
         if error is None and call.cancelled():
             error = Withdrawn()
