@@ -13,8 +13,10 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,11 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 
-# Rows of one run on the CPU, for each thread. What lies between the layers of a larger batch leaves the core's cache:
-# 64 rows at once took 10 to 30 % longer.
-_ROWS = 16
+# Rows of one run on the CPU, for each thread. What lies between the layers of more rows does not stay in every core's
+# cache: 64 at once took as long as four times 16 on one machine, 10 to 30 % longer on others.
+ROWS = (16, 64)
+LOCK_S = 1e-4  # what each run waits for the interpreter's lock, where the event loop is busy
+_LONG_S = 1e-3  # a row that takes longer makes that nothing
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -72,7 +76,7 @@ class OnnxBackend:
         self._output_names = [spec.name for spec in self.outputs]
         self._texts = [spec.name for spec in self.inputs if spec.datatype == "BYTES"]
         self.provider, self.device = _read_back(session)
-        self._rows = _ROWS * engine.threads if self.device == "cpu" and _has_batch(self.inputs, self.outputs) else 0
+        self._rows = self._measured_rows(engine.threads)
         self._buffered: BufferedSession | None = None
         sizes: tuple[int, ...] = ()
         if self.device != "cpu":  # there, a plain run reads and writes the caller's own memory
@@ -97,6 +101,23 @@ class OnnxBackend:
         outputs = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         return dict(zip(self._output_names, outputs, strict=True))
 
+    def _measured_rows(self, threads: int) -> int:
+        """How many rows to run at once; 0 for any number."""
+        if self.device != "cpu" or not _has_batch(self.inputs, self.outputs):
+            return 0
+        shapes = {spec.name: spec.dims()[1:] for spec in self.inputs}
+        if self._texts or any(axis < 0 for shape in shapes.values() for axis in shape):
+            return ROWS[0] * threads
+
+        def run(rows: int) -> None:
+            zeros = {spec.name: np.zeros((rows * threads, *shapes[spec.name]), spec.dtype) for spec in self.inputs}
+            self._session.run(self._output_names, zeros)
+
+        try:
+            return rows_per_run(run) * threads
+        except _REFUSALS:  # it cannot run zeros
+            return ROWS[0] * threads
+
     def _parts(self, inputs: dict[str, Array]) -> list[dict[str, Array]]:
         """The inputs by rows, in as few parts of about the same size as there may be."""
         lengths = {len(array) for array in inputs.values()} if self._rows else set()
@@ -105,6 +126,33 @@ class OnnxBackend:
         count = -(-rows // self._rows)
         split = {name: np.array_split(array, count) for name, array in inputs.items()}
         return [{name: arrays[part] for name, arrays in split.items()} for part in range(count)]
+
+
+def rows_per_run(run: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> int:
+    """Which of `ROWS` answers many rows sooner, beside an event loop that is busy.
+
+    Args:
+        run: runs the model on so many rows.
+        clock: seconds.
+    """
+
+    def took(rows: int) -> float:
+        start = clock()
+        run(rows)
+        return clock() - start
+
+    few, many = ROWS
+    run(1)
+    if took(1) > _LONG_S:
+        return few
+    parts = many // few
+    for _ in range(2):
+        run(many)  # gets the memory that later runs have
+    apart, whole = math.inf, math.inf
+    for _ in range(2):
+        apart = min(apart, sum(took(few) for _ in range(parts)))
+        whole = min(whole, took(many))
+    return many if whole <= apart + (parts - 1) * LOCK_S else few
 
 
 def _has_batch(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
