@@ -95,7 +95,9 @@ class Scheduler:
         self._clock = clock
         self._tell = tell
         self.queue = Queue(name, limits, statistics, clock, tell)  # changed by who holds the next
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0  # threads that wait for a change
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"infer-{name}-{number}", daemon=True)
@@ -119,11 +121,12 @@ class Scheduler:
         """
         rows = len(next(iter(inputs.values()))) if self.limits.batch_rows else 1
         request = Request(inputs, rows, deadline_ns, self._clock(), waiter)
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise Closed(f"model {self._name} is being unloaded")
             self.queue.add(request)
-            self._changed.notify()
+            if self._waiting:
+                self._changed.notify()
 
     async def infer(self, inputs: Mapping[str, Array], deadline_ns: float = math.inf) -> Request:
         """As `submit`, and wait for the answer. To be cancelled withdraws the request."""
@@ -133,19 +136,19 @@ class Scheduler:
 
     def check_room(self) -> None:
         """Whether one more request may wait; as `Queue.check`."""
-        with self._changed:
+        with self._lock:
             self.queue.check()
 
     def refusal(self, coming: int) -> QueueFull | None:
         """Why one more request may not wait when `coming` others come before it; as `Queue.refusal`."""
         if not self.queue.is_full(coming):
             return None
-        with self._changed:
+        with self._lock:
             return self.queue.refusal(coming)
 
     def close(self) -> None:
         """Refuse new requests, run those that wait, and end the threads."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
@@ -155,7 +158,7 @@ class Scheduler:
         """Run batches until the scheduler is closed; on a thread of its own."""
         while batch := self._next():
             parts = self._execute(batch)
-            with self._changed:
+            with self._lock:
                 self.queue.finished(batch)
             for part in parts:
                 if part.error is None:
@@ -170,16 +173,18 @@ class Scheduler:
 
     def _next(self) -> Batch | None:
         """Wait for a batch; None when there will be no more."""
-        with self._changed:
+        with self._lock:
             while True:
                 wait_ns = 0 if self._closed else self.queue.wait_ns()
                 if not wait_ns and (batch := self.queue.take()):
-                    if self.queue:
+                    if self.queue and self._waiting:
                         self._changed.notify()  # another thread may run the rest
                     return batch
                 if self._closed:
                     return None
+                self._waiting += 1
                 self._changed.wait(wait_ns / 1e9 if wait_ns else None)
+                self._waiting -= 1
 
     def _execute(self, batch: Batch) -> list[Batch]:
         """Run a batch; gives it with its outputs or error, or the batches of one request that it was run as."""

@@ -154,12 +154,13 @@ class Statistics(_Locked):
     def succeeded(self, start_ns: int, stages: Stages) -> None:
         """Count a request that began to be decoded at `start_ns`, of `time.monotonic_ns()`, and is encoded now."""
         end_ns = time.monotonic_ns()
+        _, queued_ns, taken_ns, assembled_ns, computed_ns = stages
         with self.lock:
             self.success.add(end_ns - start_ns)
-            self.queue.add(stages.taken_ns - stages.queued_ns)
-            self.compute_input_ns += stages.queued_ns - start_ns + stages.assembled_ns - stages.taken_ns
-            self.compute_infer_ns += stages.computed_ns - stages.assembled_ns
-            self.compute_output_ns += end_ns - stages.computed_ns
+            self.queue.add(taken_ns - queued_ns)
+            self.compute_input_ns += queued_ns - start_ns + assembled_ns - taken_ns
+            self.compute_infer_ns += computed_ns - assembled_ns
+            self.compute_output_ns += end_ns - computed_ns
         if (observe := observer.get()) is not None:
             observe(start_ns, stages, end_ns)
 

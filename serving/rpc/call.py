@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -63,7 +64,7 @@ class Call:
     half_closed = False  # the client sends no more
     unsent: deque[memoryview] | None = None  # answers that the windows do not let out yet
     last: bytes | None = None  # the header block that comes after them
-    _deadline_s: float | None = None  # as `time.monotonic()` counts; the event loop's clock moves in steps
+    deadline_ns: float = math.inf  # as `time.monotonic_ns()` counts; the event loop's clock moves in steps
     _expiry: asyncio.TimerHandle | None = None
     _room = WINDOW  # bytes that may be received
     _parts: list[bytes] | None = None  # of the only request
@@ -102,7 +103,7 @@ class Call:
         self._encoding = head.encoding
         self._limited = limited
         if head.timeout_s is not None:
-            self._deadline_s = time.monotonic() + head.timeout_s
+            self.deadline_ns = time.monotonic_ns() + 1e9 * head.timeout_s
 
     # What handlers use, as `grpc.aio.ServicerContext` has it.
 
@@ -116,7 +117,7 @@ class Call:
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline; None where the call has none."""
-        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        return None if self.deadline_ns == math.inf else max(0.0, self.deadline_ns - time.monotonic_ns()) / 1e9
 
     def cancelled(self) -> bool:
         """Whether the client has gone or does not wait any more; from any thread."""
@@ -297,9 +298,8 @@ class Call:
 
     def watch(self) -> None:
         """End it at its deadline."""
-        if self._deadline_s is not None and self._expiry is None:
-            remaining_s = self._deadline_s - time.monotonic()
-            self._expiry = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
+        if self._expiry is None and (remaining_s := self.time_remaining()) is not None:
+            self._expiry = asyncio.get_running_loop().call_later(remaining_s, self._expire)
 
     def _has_started(self) -> None:
         """Its handler runs, or never will."""

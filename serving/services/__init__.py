@@ -7,7 +7,6 @@ A servicer is a class with one method for each RPC, which takes and gives messag
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from dataclasses import dataclass
@@ -68,12 +67,6 @@ def handler(
                 _logged_unary(unary, rpc) if config.log_requests == "all" else unary, response_serializer=serialize
             )
     return grpc.method_handlers_generic_handler(service.full_name, methods)
-
-
-def deadline(context: Context) -> float:
-    """When the caller stops waiting, in `time.monotonic_ns()` nanoseconds; infinity when never."""
-    remaining = context.time_remaining()
-    return math.inf if remaining is None else time.monotonic_ns() + 1e9 * remaining
 
 
 class Pending(Protocol[Given]):

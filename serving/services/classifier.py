@@ -16,7 +16,7 @@ from serving.bundle import Manifest
 from serving.config import ServerConfig
 from serving.errors import InvalidArgument, QueueFull
 from serving.repository import Repository, ServedModel, State, Status
-from serving.services import Context, Pending, ask, deadline, in_order
+from serving.services import Context, Pending, ask, in_order
 from serving.services.statuses import to_status
 from serving.statistics import Rpcs, Stages
 from serving.tensors import Array, TensorSpec, shape_text
@@ -49,13 +49,13 @@ class ClassifierService:
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify one batch."""
-        return await self._predict(request, deadline(context))
+        return await self._predict(request, context.deadline_ns)
 
     async def PredictStream(
         self, requests: AsyncIterator[pb.PredictRequest], context: Context
     ) -> AsyncIterator[pb.PredictStreamResponse]:
         """Classify many batches: concurrently, answered in order, an error in its request's place."""
-        until = deadline(context)
+        until = context.deadline_ns
 
         def begin(request: pb.PredictRequest) -> Pending[pb.PredictStreamResponse]:
             return asyncio.create_task(self._predict_or_error(request, until))

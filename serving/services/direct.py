@@ -15,7 +15,6 @@ from protos import open_inference as pb
 from serving import logs, rpc
 from serving.request_queue import Withdrawn
 from serving.scheduler import Request
-from serving.services import deadline
 from serving.services.gate import Gate
 from serving.services.prepared import PreparedRequests, Running
 from serving.services.statuses import to_status, trailing_metadata
@@ -31,7 +30,7 @@ def direct(prepared: PreparedRequests, rpcs: Rpcs, gate: Gate, max_message_bytes
         if gate.closed or len(data) > max_message_bytes:
             return False
         try:
-            waiting = prepared.submit(data, deadline(call), functools.partial(_Waiting, call, rpcs))
+            waiting = prepared.submit(data, call.deadline_ns, functools.partial(_Waiting, call, rpcs))
         except Exception as error:
             _fail(call, rpcs, error)
             return True

@@ -13,7 +13,7 @@ from serving.config import ServerConfig
 from serving.control import Control
 from serving.errors import InvalidArgument, NotFound, RequestError, Unavailable, Unimplemented
 from serving.repository import Repository, ServedModel, State
-from serving.services import Context, Pending, ask, deadline, in_bytes, in_order, parser
+from serving.services import Context, Pending, ask, in_bytes, in_order, parser
 from serving.services.prepared import Awaited, PreparedRequests, Streamed, stream_error
 from serving.statistics import Duration, Rpcs, Stages, Statistics
 from serving.tensors import TensorSpec
@@ -101,7 +101,7 @@ class OpenInferenceService:
     @in_bytes
     async def ModelInfer(self, data: bytes, context: Context) -> bytes:
         """Run a model."""
-        until = deadline(context)
+        until = context.deadline_ns
         if (running := self._prepared.submit(data, until, Awaited)) is not None:
             return await running
         return (await self._infer(data, _parse(data), until)).SerializeToString()
@@ -109,7 +109,7 @@ class OpenInferenceService:
     @in_bytes
     async def ModelStreamInfer(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Run models for many requests at once; an error does not end the stream."""
-        until = deadline(context)
+        until = context.deadline_ns
 
         def begin(data: bytes) -> Pending[bytes]:
             try:

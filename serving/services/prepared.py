@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,7 +38,8 @@ _INFER_RESPONSE = b"\x12"
 Waits = TypeVar("Waits", bound=Waiter)
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Prepared:
     """What the full decoding of a request found."""
 
     model_name: str
