@@ -12,6 +12,7 @@ from conftest import wait_until
 
 from serving import rpc
 from serving.rpc.messages import prefixed
+from serving.rpc.outgoing import Outgoing
 from serving.rpc.stream import AHEAD_BYTES, Requests
 
 SERVICE = "test.Service"
@@ -499,3 +500,34 @@ def test_a_host_is_listened_on_at_all_its_addresses(host, target):
     asyncio.run(serve())
     if target != "localhost":
         assert handlers.seen[0][2].startswith("ipv6:[::1]:" if ":" in target else "ipv4:127.0.0.1:")
+
+
+class Transport:
+    """Notes what is written."""
+
+    def __init__(self):
+        self.written = []
+
+    def is_closing(self):
+        return False
+
+    def write(self, data):
+        self.written.append(data)
+
+
+def test_what_one_turn_of_the_event_loop_gives_goes_with_one_write():
+    async def scenario():
+        transport = Transport()
+        outgoing = Outgoing(transport, rpc.Inbox(), lambda stream: None)
+        for _ in range(2):
+            for data in (b"one ", b"after ", b"the other"):
+                asyncio.get_running_loop().call_soon(outgoing.write, data)
+            await asyncio.sleep(0.01)
+        outgoing.write(b"this, ")
+        outgoing.write(bytes(1 << 20))  # must not wait for more
+        assert [len(data) for data in transport.written] == [19, 19, 6 + (1 << 20)]
+        await asyncio.sleep(0.01)
+        assert transport.written[:2] == [b"one after the other"] * 2
+        assert len(transport.written) == 3
+
+    asyncio.run(scenario())

@@ -13,6 +13,7 @@ from serving.rpc.headers import RESPONSE, TRAILERS_OK
 from serving.rpc.inbox import Inbox
 
 _MOST_RESIZED = 100  # times in a second that a client may change the windows of all calls
+_LARGE = 1 << 14  # bytes that go at once: many of them would take much memory
 _TABLE = 4096  # bytes of a client's table of headers, unless it says otherwise
 
 _RESPONSE_HEAD = frames.head(frames.HEADERS, frames.END_HEADERS, len(RESPONSE))
@@ -61,15 +62,19 @@ class Outgoing:
         self._room.set()
 
     def write(self, data: bytes) -> None:
-        """Send something, with all else that one read from the socket or one batch of answers gives."""
+        """Send something, with all else that one read from the socket, one batch of answers or one turn gives."""
         out = self._out
         out.append(data)
-        if not self.gathering:
-            afterwards = self._inbox.afterwards
-            if afterwards is None:
-                self.flush()
-            elif len(out) == 1:
+        if self.gathering:
+            return
+        afterwards = self._inbox.afterwards
+        if afterwards is not None:
+            if len(out) == 1:
                 afterwards.append(self.flush)
+        elif len(data) >= _LARGE:
+            self.flush()
+        elif len(out) == 1:
+            self._loop.call_soon(self.flush)  # tasks that are answered together write one after the other
 
     def flush(self) -> None:
         """Send what was gathered."""
