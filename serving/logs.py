@@ -92,24 +92,24 @@ class _Allowance:
         self._used = 0
         self._withheld = 0
 
-    def take(self) -> int | None:
-        """How many were withheld before this one; None when it is to be withheld too."""
+    def take(self, count: int) -> int | None:
+        """How many of these and before them are withheld when one of them is not; None when all of them are."""
         if (second := int(time.monotonic())) != self._second:
             self._second, self._used = second, 0
         if self._used >= self._per_s:
-            self._withheld += 1
+            self._withheld += count
             return None
         self._used += 1
-        withheld, self._withheld = self._withheld, 0
+        withheld, self._withheld = self._withheld + count - 1, 0
         return withheld
 
 
 _refusals = _Allowance(REFUSED_PER_S)
 
 
-def refused(code: str, details: str, about: Callable[[], Fields]) -> None:
-    """A request that was answered with another status than OK, for a reason that is not ours."""
-    if not requests.isEnabledFor(logging.INFO) or (withheld := _refusals.take()) is None:
+def refused(code: str, details: str, about: Callable[[], Fields], count: int = 1) -> None:
+    """A request that was answered with another status than OK, for a reason that is not ours; or several alike."""
+    if not requests.isEnabledFor(logging.INFO) or (withheld := _refusals.take(count)) is None:
         return
     fields = {"code": code, **about(), **({"withheld": withheld} if withheld else {})}
     requests.info("%s", details[:_LONGEST], extra={"fields": fields})

@@ -145,11 +145,13 @@ class Statistics(_Locked):
         with self.lock:
             self.drops[reason] += 1
 
-    def refused(self, start_ns: int) -> None:
-        """Count a request for which the queue had no room, as both `dropped` and `failed` count it."""
+    def refused(self, count: int) -> None:
+        """Count requests for which the queue had no room, as both `dropped` and `failed` do: nobody read them, so that
+        they took no time.
+        """
         with self.lock:
-            self.drops["queue_full"] += 1
-            self.fail.add(time.monotonic_ns() - start_ns)
+            self.drops["queue_full"] += count
+            self.fail.count += count
 
     def succeeded(self, start_ns: int, stages: Stages) -> None:
         """Count a request that began to be decoded at `start_ns`, of `time.monotonic_ns()`, and is encoded now."""
@@ -204,10 +206,10 @@ class Rpcs(_Locked):
     stream_errors: Counter[tuple[str, str]] = field(default_factory=Counter)  # answers within streams that are errors
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def call_ended(self, method: str, code: str) -> None:
-        """Count a call, by service/method and the name of its status."""
+    def call_ended(self, method: str, code: str, count: int = 1) -> None:
+        """Count a call, or several, by service/method and the name of its status."""
         with self.lock:
-            self.ended[method, code] += 1
+            self.ended[method, code] += count
 
     def stream_error(self, method: str, code: str) -> None:
         """Count an answer within a stream that is an error."""

@@ -43,6 +43,7 @@ class Catalog:
 
     def __init__(self) -> None:
         self.now_ns = 0
+        self.soon = []  # what the event loop's next turn will call
         self.statistics = Statistics()
         self.queue = Queue("m", Limits(8, max_queue=2), self.statistics, lambda: self.now_ns)
         self.only = Served(self.queue, self.statistics)
@@ -53,6 +54,11 @@ class Catalog:
         self.queue.add(Request({}, 1, math.inf, self.now_ns, waiter))
         return waiter
 
+    def turn(self) -> None:
+        """The event loop's next one."""
+        while self.soon:
+            self.soon.pop()()
+
 
 class Gate:
     closed = False
@@ -60,7 +66,7 @@ class Gate:
 
 def make(watched: object = None):
     catalog, rpcs, gate = Catalog(), Rpcs(), Gate()
-    judge = Overload(catalog, rpcs, gate, watched, lambda: catalog.now_ns)
+    judge = Overload(catalog, rpcs, gate, watched, lambda: catalog.now_ns, catalog.soon.append)
     return catalog, rpcs, gate, judge
 
 
@@ -74,9 +80,30 @@ def test_requests_on_their_way_to_the_queue_need_room_too():
     catalog.queue.take()
     assert judge.refuse(INFER, 0).details == FULL  # those that run count
     assert judge.refuse(INFER, 0) is judge.refuse(INFER, 0)
+    catalog.turn()
     assert rpcs.ended == {(INFER[1:], "RESOURCE_EXHAUSTED"): 5}
     assert catalog.statistics.drops == {"queue_full": 5}
     assert catalog.statistics.fail.count == 5
+
+
+def test_what_is_refused_in_one_turn_is_counted_together_and_with_its_model():
+    catalog, rpcs, _, judge = make()
+    before, after = catalog, Catalog()
+    for one in (before, after):
+        one.wait()
+        one.wait()
+    for method, count in (("/a.Service/One", 2), ("/a.Service/Other", 1)):
+        for _ in range(count):
+            judge.refuse(method, 0)
+    assert len(catalog.soon) == 1
+    assert not rpcs.ended
+    catalog.only = after.only  # the model is replaced
+    judge.refuse("/a.Service/One", 0)
+    catalog.turn()
+    judge.refuse("/a.Service/One", 0)
+    catalog.turn()
+    assert rpcs.ended == {("a.Service/One", "RESOURCE_EXHAUSTED"): 4, ("a.Service/Other", "RESOURCE_EXHAUSTED"): 1}
+    assert (before.statistics.fail.count, after.statistics.fail.count) == (3, 2)
 
 
 def test_who_left_makes_room():
