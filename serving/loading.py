@@ -105,7 +105,9 @@ def _open(config: ServerConfig, name: str, version: str, tell: Tell) -> ServedMo
         config.max_queue_delay_us,
         buckets=buckets,
     )
-    scheduler = Scheduler(name, backend.run, statistics, limits, config.instances, tell)
+    # A GPU's buffers belong to the threads that run it; and who allows a delay wants batches.
+    there = backend.device == "cpu" and not config.max_queue_delay_us
+    scheduler = Scheduler(name, backend.run, statistics, limits, config.instances, tell, there)
     return ServedModel(name, version, backend, scheduler, statistics, max_batch_size, manifest, golden, buckets)
 
 

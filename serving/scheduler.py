@@ -25,6 +25,9 @@ from serving.tensors import Array
 
 __all__ = ["Closed", "Limits", "OnLoop", "Request", "Scheduler", "Waiter"]
 
+_ALONE = 8  # requests in a row that came alone: the next is likely to do so too
+_SHORT_NS = 500_000  # a run that takes longer would keep others waiting who have nothing to do with the model
+
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
@@ -73,6 +76,7 @@ class Scheduler:
         limits: Limits,
         instances: int = 1,
         tell: Tell = at_once,
+        run_alone_there: bool = False,
         clock: Clock = time.monotonic_ns,
     ) -> None:
         """Start the threads.
@@ -85,6 +89,8 @@ class Scheduler:
             instances: threads that run the model.
             tell: has the callers of a batch told, such as on the event loop that they wait on; they must not block, nor
                 come back to the scheduler, where that is on the model's thread, as it is by default.
+            run_alone_there: whether the model may run where `tell` has things called, for a request that comes alone as
+                those before it did: that spares two hand-overs between threads, which cost more than a small model.
             clock: what deadlines and times are measured with.
         """
         self._name = name
@@ -97,6 +103,9 @@ class Scheduler:
         self.queue = Queue(name, limits, statistics, clock, tell)  # changed by who holds the next
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._run_alone_there = run_alone_there
+        self._alone = 0  # requests in a row that ran by themselves, and had none behind them when they were done
+        self._alone_nbytes = 0  # of the last one
         self._waiting = 0  # threads that wait for a change
         self._closed = False
         self._threads = [
@@ -125,8 +134,11 @@ class Scheduler:
             if self._closed:
                 raise Closed(f"model {self._name} is being unloaded")
             self.queue.add(request)
-            if self._waiting:
+            alone = self._alone >= _ALONE and request.nbytes <= self._alone_nbytes
+            if self._waiting and not alone:
                 self._changed.notify()
+        if alone:
+            self._tell(Scheduler._run_alone, self)
 
     async def infer(self, inputs: Mapping[str, Array], deadline_ns: float = math.inf) -> Request:
         """As `submit`, and wait for the answer. To be cancelled withdraws the request."""
@@ -157,19 +169,36 @@ class Scheduler:
     def _work(self) -> None:
         """Run batches until the scheduler is closed; on a thread of its own."""
         while batch := self._next():
-            parts = self._execute(batch)
-            with self._lock:
-                self.queue.finished(batch)
-            for part in parts:
-                if part.error is None:
-                    self._statistics.executed(
-                        part.rows,
-                        part.assembled_ns - part.taken_ns,
-                        part.computed_ns - part.assembled_ns,
-                        self._clock() - part.computed_ns,
-                    )
-                self._tell(Batch.settle, part)
-            del batch, parts, part  # or they would be kept until the next one comes
+            self._answer(batch, self._tell)
+            del batch  # or it would be kept until the next one comes
+
+    def _run_alone(self) -> None:
+        """Run the only request that waits, here where its caller is told. A thread does it when others have come."""
+        with self._lock:
+            if self.queue.running or len(self.queue) != 1 or not (batch := self.queue.take()):
+                self._alone = 0
+                self._changed.notify()
+                return
+        self._answer(batch, at_once)
+
+    def _answer(self, batch: Batch, tell: Tell) -> None:
+        """Run a batch, and have its callers told."""
+        parts = self._execute(batch)
+        with self._lock:
+            self.queue.finished(batch)
+            alone = len(batch.requests) == 1 and not self.queue
+            short = batch.computed_ns - batch.taken_ns <= _SHORT_NS
+            self._alone = self._alone + 1 if self._run_alone_there and alone and short else 0
+            self._alone_nbytes = batch.requests[0].nbytes  # a request of more may take longer
+        for part in parts:
+            if part.error is None:
+                self._statistics.executed(
+                    part.rows,
+                    part.assembled_ns - part.taken_ns,
+                    part.computed_ns - part.assembled_ns,
+                    self._clock() - part.computed_ns,
+                )
+            tell(Batch.settle, part)
 
     def _next(self) -> Batch | None:
         """Wait for a batch; None when there will be no more."""

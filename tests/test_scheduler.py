@@ -7,6 +7,7 @@ import queue as queue_module
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -370,6 +371,91 @@ def test_the_callers_of_a_batch_are_told_together_and_where_they_wait():
         assert [asker.told.outputs["y"].item() for asker in askers[:3]] == [2, 4, 6]
     finally:
         scheduler.close()
+
+
+class Loop:
+    """Where callers are told, as on an event loop: one thing after the other, by the thread of the test."""
+
+    def __init__(self):
+        self._calls = queue_module.SimpleQueue()
+
+    def tell(self, callback, argument):
+        self._calls.put((callback, argument))
+
+    def turn(self):
+        callback, argument = self._calls.get(timeout=10)
+        callback(argument)
+
+
+@contextmanager
+def quick_model(run_ns=1000):
+    """A scheduler whose model has a thread of its own and may be run on a loop, and the threads that have run it."""
+    loop, clock, threads = Loop(), Clock(), []
+
+    def run(inputs):
+        threads.append(threading.current_thread())
+        clock.now += run_ns
+        return {"y": inputs["x"] * 2}
+
+    scheduler = Scheduler("m", run, Statistics(), Limits(8), 1, loop.tell, True, clock)
+
+    def ask(*values):
+        asker = Asker()
+        scheduler.submit(rows(*values), math.inf, asker)
+        return asker
+
+    def answered(*values):
+        asker = ask(*values)
+        while asker.told is None:
+            loop.turn()
+        assert asker.told.outputs["y"].ravel().tolist() == [value * 2 for value in values]
+        return threads[-1] is threading.current_thread()
+
+    try:
+        yield ask, answered, loop, threads
+    finally:
+        scheduler.close()
+
+
+def test_requests_that_keep_coming_alone_are_run_where_their_callers_are_told():
+    with quick_model() as (_, answered, *_):
+        assert [answered(number) for number in range(12)] == [False] * 8 + [True] * 4
+
+
+def test_a_model_that_is_not_quick_is_left_to_its_thread():
+    with quick_model(run_ns=600_000) as (_, answered, *_):
+        assert not any(answered(number) for number in range(12))
+
+
+def test_a_request_that_has_more_than_those_before_it_is_left_to_the_thread():
+    with quick_model() as (_, answered, *_):
+        assert [answered(number) for number in range(10)][-2:] == [True] * 2
+        assert not answered(1, 2)
+        assert answered(3)
+        assert answered(4)
+
+
+def test_what_comes_together_is_left_to_the_thread_until_requests_come_alone_again():
+    with quick_model() as (ask, answered, loop, threads):
+        assert [answered(number) for number in range(9)][-1]
+        askers = [ask(1), ask(2)]
+        while not all(asker.told for asker in askers):
+            loop.turn()
+        assert threading.current_thread() not in threads[9:]
+        assert [asker.told.outputs["y"].item() for asker in askers] == [2, 4]
+        assert not answered(3)
+
+
+def test_one_that_leaves_before_it_is_run_there_is_dropped():
+    with quick_model() as (ask, answered, loop, threads):
+        assert [answered(number) for number in range(9)][-1]
+        asker = ask(1)
+        asker.left = True
+        while asker.told is None:
+            loop.turn()
+        assert isinstance(asker.told.error, Withdrawn)
+        assert len(threads) == 9
+        assert not answered(2)
 
 
 def test_several_instances_run_at_once():
