@@ -35,6 +35,7 @@ from trainer.export import export
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-sample.npz"
 MODEL = "fashion-mnist"
+THREADS = torch.get_num_threads()  # as many as torch takes by itself
 
 
 def pytest_report_header() -> str:
@@ -55,12 +56,24 @@ def _gpu(request: pytest.FixtureRequest) -> None:
         pytest.skip(problem)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Nearly all that is trained and run here is too small to gain from more, which wait long on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     """torch's number of threads is the whole process's: a test that opens a TorchScript backend changes it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def all_threads() -> None:
+    """For what is large enough to gain from them, or must be so with several."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -135,15 +148,6 @@ def full_repository(
     chosen = artefacts.choose(["onnx", "torchscript", "pt2"], ["fp32", "fp16", "int8"])
     export(checkpoint, sample[1], root, chosen=chosen, calibration=sample[0].images)
     return root
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For networks that are too small to gain from more, and lose when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from trainer import bisect, diff, matrix, parity
 from trainer.artefacts import OPSET
 from trainer.models import Deployed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def edit_initializer(version, name, change, file="model.onnx"):
     """Change a constant of an ONNX file, and hide it from the hash; `change` gives the new array of the old one."""

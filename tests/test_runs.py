@@ -19,8 +19,6 @@ from trainer.checkpoint import CheckpointError, load
 from trainer.config import TrainConfig
 from trainer.export import export
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("train_on_sample.py")
 BASE = {

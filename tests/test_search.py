@@ -28,8 +28,6 @@ from trainer.data import DATASETS, TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN
 from trainer.search import Outcome, Search, SearchError, Watcher
 from trainer.train import Training
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("search_on_sample.py")
 BASE = {

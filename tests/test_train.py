@@ -29,7 +29,7 @@ def test_training_learns(sample):
     assert 0 < loss < math.log(10)
 
 
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(sample):
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(sample, all_threads):
     one, first = fitted(sample, CONFIG)
     two, second = fitted(sample, CONFIG)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
@@ -96,7 +96,7 @@ def test_epochs_default_by_data_set():
 
 @pytest.mark.data
 @pytest.mark.parametrize(("name", "epochs", "accuracy"), [("mnist", 1, 0.982), ("fashion-mnist", 2, 0.885)])
-def test_the_default_options_learn_in_fewer_epochs_than_by_default(data_dir, name, epochs, accuracy):
+def test_the_default_options_learn_in_fewer_epochs_than_by_default(data_dir, all_threads, name, epochs, accuracy):
     """What they reach in all of them stands in docs/training.md, with the command that measures it."""
     config = TrainConfig(dataset=name, epochs=epochs)
     training, test = data.load(DATASETS[name], data_dir)

@@ -16,8 +16,6 @@ from trainer.data import DATASETS, Split
 from trainer.processes import ALONE, Processes
 from trainer.train import Training, build
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PIXELS = {"mean": 72.9, "std": 90.0}
 # One small step size after the other on plain gradients, which a test can repeat by hand.
 PLAIN = {"optimiser": "sgd", "momentum": 0, "schedule": "constant", "learning_rate": 0.05, "channels_last": False}
