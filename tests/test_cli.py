@@ -363,7 +363,7 @@ def test_torchrun_trains_in_two_processes(data_dir, tmp_path):
 @pytest.mark.data
 def test_train_writes_a_checkpoint(data_dir, tmp_path):
     path = tmp_path / "net.pt"
-    words = ["--epochs", "1", "--batch-size", "500", "--validation-images", "50000", "--checkpoint", path]
+    words = ["--epochs", "1", "--batch-size", "500", "--train-images", "10000", "--checkpoint", path]
     done = command("trainer", "train", *words, "--tensorboard", tmp_path / "events")
     assert done.returncode == 0, done.stderr
     assert re.search(r"epoch 1/1: training loss \d.*images/s", done.stdout)
