@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_images import photograph
 from test_parity import change_weight
 
+import trainer.__main__
 from serving.client import Client
 from trainer import checkpoint as checkpoints
 
@@ -37,6 +38,15 @@ def command(*words: object, **options: object) -> subprocess.CompletedProcess[st
 
 def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+
+
+def trainer_here(words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code and the errors of a trainer's command in this process, which has torch already."""
+    try:
+        code = trainer.__main__.main([str(word) for word in words])
+    except SystemExit as end:  # of argparse
+        code = end.code
+    return code, capsys.readouterr().err
 
 
 @contextlib.contextmanager
@@ -253,7 +263,20 @@ def test_the_doctor_without_torch_says_how_to_get_it(tmp_path):
         (["parity", "--bundle", "nowhere", "--device", "mps"], 2, "--device: String should match pattern"),
     ],
 )
-def test_a_wrong_command_says_what_is_wrong(words, code, problem):
+def test_a_wrong_command_says_what_is_wrong(words, code, problem, capsys):
+    found, errors = trainer_here(words, capsys)
+    assert found == code
+    assert problem in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "problem"),
+    [
+        (["parity", "--bundle", "nowhere"], 1, "error: nowhere: neither a version nor a model with versions"),
+        (["train", "--epochs", "0"], 2, "error: --epochs: Input should be greater than or equal to 1, got '0'"),
+    ],
+)
+def test_a_wrong_command_ends_its_process_with_the_code_and_without_a_traceback(words, code, problem):
     done = command("trainer", *words)
     assert done.returncode == code
     assert problem in done.stderr
@@ -302,7 +325,7 @@ def test_ctrl_c_stops_training_cleanly(data_dir, tmp_path):
 
 
 @pytest.mark.data
-def test_a_killed_training_is_resumed_by_the_same_command(data_dir, tmp_path):
+def test_a_killed_training_is_resumed_by_the_same_command(data_dir, tmp_path, capsys):
     """Other options than the checkpoint's are refused by name; without any, the checkpoint's are taken."""
     small = [
         "--network",
@@ -332,17 +355,18 @@ def test_a_killed_training_is_resumed_by_the_same_command(data_dir, tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "net.pt").exists()
-    done = command("trainer", "train", "--resume", "--checkpoint", tmp_path / "net.pt", "--learning-rate", "0.5")
-    assert done.returncode == 1
-    assert "error: the checkpoint is of another training: --learning-rate is 0.5 here and 0.004 there" in done.stderr
-    done = command("trainer", "train", "--resume", "--checkpoint", tmp_path / "net.pt")
+    again = ["train", "--resume", "--checkpoint"]
+    code, errors = trainer_here([*again, tmp_path / "net.pt", "--learning-rate", "0.5"], capsys)
+    assert code == 1
+    assert "error: the checkpoint is of another training: --learning-rate is 0.5 here and 0.004 there" in errors
+    done = command("trainer", *again, tmp_path / "net.pt")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^resumed after epoch \d+$", done.stdout, re.MULTILINE)
     resumed, whole = checkpoints.load(tmp_path / "net.pt"), checkpoints.load(tmp_path / "whole.pt")
     assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
-    done = command("trainer", "train", "--resume", "--checkpoint", tmp_path / "none.pt")
-    assert done.returncode == 1
-    assert re.search(r"error: nothing to resume: .*none\.last\.pt is missing; train without --resume", done.stderr)
+    code, errors = trainer_here([*again, tmp_path / "none.pt"], capsys)
+    assert code == 1
+    assert re.search(r"error: nothing to resume: .*none\.last\.pt is missing; train without --resume", errors)
 
 
 @pytest.mark.data
