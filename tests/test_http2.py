@@ -1288,7 +1288,7 @@ def test_a_call_of_which_nothing_comes_but_headers_ends_at_its_deadline(client):
 def test_answers_that_a_client_never_takes_are_forgotten_at_the_deadline(served):
     server, connect = served
     client = connect({frames.INITIAL_WINDOW_SIZE: 10})
-    client.begin(1, grpc_timeout="200m")
+    client.begin(1, grpc_timeout="1S")
     client.data(1, prefixed(bytes(1000)))
     assert client.answer(1).reset == frames.CANCEL
     (connection,) = server.rpc._connections
