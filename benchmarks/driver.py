@@ -202,6 +202,12 @@ class _Lane:
             self.issue()
 
 
+async def _until(when: float) -> None:
+    """Wait until then, and never less: uvloop's timers are right to a millisecond."""
+    while (left := when - perf_counter()) > 0:
+        await asyncio.sleep(left)
+
+
 class Driver:
     """Runs one load in this process."""
 
@@ -277,9 +283,9 @@ class Driver:
                 lanes[number % len(lanes)].issue()
         else:
             self.spawn(self._send_when_due(lanes, self.load.rate))
-        await asyncio.sleep(self._begin - perf_counter())
+        await _until(self._begin)
         before = self._meters(lanes)
-        await asyncio.sleep(self._end - perf_counter())
+        await _until(self._end)
         record = self._record
         moved = (self._meters(lanes) - before).tolist()
         record.sent_bytes, record.received_bytes, record.cpu_s, record.watched_cpu_s = moved
