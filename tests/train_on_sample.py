@@ -47,6 +47,15 @@ def main(order):
         files = runs.Files(Path(order["checkpoint"]))
         watcher = runs.Watcher(on_step=on_step, on_epoch=on_epoch if together.first else lambda _: None)
         runs.run(config, splits, files, resume=order.get("resume", False), watcher=watcher, processes=together)
+    left = {name for name in threads() if "gloo" in name}
+    if left:  # now and then they would abort the process at its end
+        sys.exit(f"threads outlive the group of processes: {', '.join(sorted(left))}")
+
+
+def threads():
+    """The names of this process's threads, those of C++ among them; on Linux."""
+    tasks = Path("/proc/self/task")
+    return [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
 
 
 if __name__ == "__main__":

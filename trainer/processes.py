@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ def join(spec: str) -> Iterator[Processes]:
     processes = Processes(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]))
     if cuda:
         torch.cuda.set_device(processes.local_rank)
+    # DistributedDataParallel and the optimisers import this, and its tables keep for good the group that they find when
+    # they are made: gloo's threads then outlive the interpreter, and abort the process when they need it.
+    importlib.import_module("torch._dynamo")
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         yield processes
