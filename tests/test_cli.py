@@ -267,6 +267,7 @@ def test_a_wrong_command_says_what_is_wrong(words, code, problem, capsys):
     found, errors = trainer_here(words, capsys)
     assert found == code
     assert problem in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(

@@ -440,6 +440,7 @@ def test_a_wrong_command_says_what_is_wrong(words, code, problem, capsys):
     found, errors = trainer_here(["plots", *words], capsys)
     assert found == code
     assert problem in errors
+    assert "Traceback" not in errors
 
 
 def test_without_matplotlib_the_extra_is_named(bundle):
