@@ -36,14 +36,12 @@ class Closed(Unavailable):
 
 
 class OnLoop:
-    """Waits on an event loop: a future of the request, which then has its answer or error. May be told anywhere."""
+    """Waits on the event loop where callers are told: a future of the request, which then has its answer or error."""
 
-    __slots__ = ("_loop", "_thread", "future")
+    __slots__ = ("future",)
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self.future: asyncio.Future[Request] = self._loop.create_future()
+        self.future: asyncio.Future[Request] = asyncio.get_running_loop().create_future()
 
     def gone(self) -> bool:
         """Whether the future was cancelled."""
@@ -51,12 +49,6 @@ class OnLoop:
 
     def answered(self, request: Request) -> None:
         """Tell the future."""
-        if threading.get_ident() == self._thread:
-            self._tell(request)
-        else:
-            self._loop.call_soon_threadsafe(self._tell, request)
-
-    def _tell(self, request: Request) -> None:
         if self.future.done():
             return
         if request.error is None:
@@ -141,7 +133,10 @@ class Scheduler:
             self._tell(Scheduler._run_alone, self)
 
     async def infer(self, inputs: Mapping[str, Array], deadline_ns: float = math.inf) -> Request:
-        """As `submit`, and wait for the answer. To be cancelled withdraws the request."""
+        """As `submit`, on the event loop that `tell` leads to, and wait for the answer.
+
+        To be cancelled withdraws the request.
+        """
         waiter = OnLoop()
         self.submit(inputs, deadline_ns, waiter)
         return await waiter.future

@@ -37,12 +37,17 @@ class Model:
         return {"y": inputs["x"] * 2}
 
 
+def on_loop():
+    """Has callers told on the loop that runs."""
+    return asyncio.get_running_loop().call_soon_threadsafe
+
+
 def scheduled(scenario, model, *, max_batch_size=8, max_queue=100):
     """Run a scenario against a scheduler of the model; gives its statistics."""
     statistics = Statistics()
 
     async def run():
-        scheduler = Scheduler("m", model.run, statistics, Limits(max_batch_size, max_queue))
+        scheduler = Scheduler("m", model.run, statistics, Limits(max_batch_size, max_queue), tell=on_loop())
         try:
             await scenario(scheduler)
         finally:
@@ -467,7 +472,7 @@ def test_several_instances_run_at_once():
         return model.run(inputs)
 
     async def scenario():
-        scheduler = Scheduler("m", run, Statistics(), Limits(batch_rows=1), instances=2)
+        scheduler = Scheduler("m", run, Statistics(), Limits(batch_rows=1), instances=2, tell=on_loop())
         tasks = [asyncio.create_task(scheduler.infer(rows(value))) for value in (1, 2, 3)]
         for _ in range(2):
             assert await asyncio.to_thread(running.acquire, timeout=10)
@@ -484,7 +489,7 @@ def test_batches_are_padded_to_warmed_sizes_and_the_padding_is_nobodys():
     answered = []
 
     async def scenario():
-        scheduler = Scheduler("m", model.run, Statistics(), Limits(batch_rows=8, buckets=(2, 4)))
+        scheduler = Scheduler("m", model.run, Statistics(), Limits(batch_rows=8, buckets=(2, 4)), tell=on_loop())
         tasks = await enqueued(scheduler, model, [rows(1)], [rows(2, 3)], [rows(4)])
         model.released.set()
         answered.extend(answer.outputs["y"].ravel().tolist() for answer in await asyncio.gather(*tasks))
@@ -502,7 +507,7 @@ def test_a_batch_that_may_wait_runs_when_its_time_is_over():
     model = Model()
 
     async def scenario():
-        scheduler = Scheduler("m", model.run, Statistics(), Limits(batch_rows=8, max_delay_us=20_000))
+        scheduler = Scheduler("m", model.run, Statistics(), Limits(batch_rows=8, max_delay_us=20_000), tell=on_loop())
         first = asyncio.create_task(scheduler.infer(rows(1)))
         await asyncio.sleep(0.002)
         second = asyncio.create_task(scheduler.infer(rows(2)))
