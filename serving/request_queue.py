@@ -200,8 +200,7 @@ class Queue:
         if request.queued_ns >= request.deadline_ns:
             self._statistics.dropped("expired")
             raise self._expired()
-        if self.is_full():
-            self.check()
+        self.check()
         if self.nbytes + request.nbytes > limits.max_queue_bytes:
             self._purge()
             if self.nbytes and self.nbytes + request.nbytes > limits.max_queue_bytes:

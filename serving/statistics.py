@@ -146,9 +146,7 @@ class Statistics(_Locked):
             self.drops[reason] += 1
 
     def refused(self, count: int) -> None:
-        """Count requests for which the queue had no room, as both `dropped` and `failed` do: nobody read them, so that
-        they took no time.
-        """
+        """Count requests that found the queue full, as both `dropped` and `failed` do; unread, they took no time."""
         with self.lock:
             self.drops["queue_full"] += count
             self.fail.count += count

@@ -38,8 +38,8 @@ TENSORRT = "TensorrtExecutionProvider"
 # Rows of one run on the CPU, for each thread. What lies between the layers of more rows does not stay in every core's
 # cache: 64 at once took as long as four times 16 on one machine, 10 to 30 % longer on others.
 ROWS = (16, 64)
-LOCK_S = 1e-4  # what each run waits for the interpreter's lock, where the event loop is busy
-_LONG_S = 1e-3  # a row that takes longer makes that nothing
+_LOCK_S = 1e-4  # what each run waits for the interpreter's lock, where the event loop is busy
+_LONG_S = 1e-3  # beside rows that take longer, that is nothing
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -152,7 +152,7 @@ def rows_per_run(run: Callable[[int], None], clock: Callable[[], float] = time.p
     for _ in range(2):
         apart = min(apart, sum(took(few) for _ in range(parts)))
         whole = min(whole, took(many))
-    return many if whole <= apart + (parts - 1) * LOCK_S else few
+    return many if whole <= apart + (parts - 1) * _LOCK_S else few
 
 
 def _has_batch(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
