@@ -38,7 +38,7 @@ TENSORRT = "TensorrtExecutionProvider"
 # Rows of one run on the CPU, for each thread. What lies between the layers of more rows does not stay in every core's
 # cache: 64 at once took as long as four times 16 on one machine, 10 to 30 % longer on others.
 ROWS = (16, 64)
-_LOCK_S = 1e-4  # what each run waits for the interpreter's lock, where the event loop is busy
+_LOCK_S = 1.5e-4  # what each run waits for the interpreter's lock, where the event loop is busy
 _LONG_S = 1e-3  # beside rows that take longer, that is nothing
 
 _DATATYPES = {
@@ -149,7 +149,7 @@ def rows_per_run(run: Callable[[int], None], clock: Callable[[], float] = time.p
     for _ in range(2):
         run(many)  # gets the memory that later runs have
     apart, whole = math.inf, math.inf
-    for _ in range(2):
+    for _ in range(4):
         apart = min(apart, sum(took(few) for _ in range(parts)))
         whole = min(whole, took(many))
     return many if whole <= apart + (parts - 1) * _LOCK_S else few
