@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serving.errors import DeadlineExceeded, QueueFull
 from serving.statistics import Stages, Statistics
-from serving.tensors import Array
+from serving.tensors import Array, Buffer, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -44,18 +44,60 @@ class Limits:
 
 
 class Batch:
-    """Requests that run together, and what came of it."""
+    """Requests that run together, and what came of it.
 
-    __slots__ = ("_raw", "assembled_ns", "computed_ns", "error", "outputs", "requests", "rows", "shared", "taken_ns")
+    It is put together as they come, on the threads of those who ask: the model's thread should find all it needs.
+    """
 
-    def __init__(self, requests: list[Request], rows: int, taken_ns: int) -> None:
-        self.requests = requests
-        self.shared = len(requests) > 1
-        self.rows = rows
-        self.taken_ns = self.assembled_ns = self.computed_ns = taken_ns
+    __slots__ = (
+        "_columns",
+        "_layout",
+        "_raw",
+        "assembled_ns",
+        "computed_ns",
+        "deadline_ns",
+        "error",
+        "nbytes",
+        "outputs",
+        "requests",
+        "rows",
+        "taken_ns",
+    )
+
+    def __init__(self, first: Request) -> None:
+        self.requests = [first]
+        self.rows = first.rows
+        self.nbytes = first.layout.nbytes
+        self.deadline_ns = first.deadline_ns  # the earliest
+        self.taken_ns = self.assembled_ns = self.computed_ns = 0
         self.outputs: dict[str, Array] = {}
         self.error: Exception | None = None
+        self._layout = first.layout
+        self._columns = [[buffer] for buffer in first.buffers]  # of the requests' inputs
         self._raw: dict[str, bytes] = {}
+        first.batch, first.start = self, 0
+
+    def fits(self, request: Request, most_rows: int) -> bool:
+        """Whether a request can be more rows of the same tensors: all but the first axis must be equal."""
+        mine, others = self._layout.row, request.layout.row
+        return self.rows + request.rows <= most_rows and (mine is others or mine == others)
+
+    def add(self, request: Request) -> None:
+        """Let a request that fits run too."""
+        for column, buffer in zip(self._columns, request.buffers, strict=True):
+            column.append(buffer)
+        request.batch, request.start = self, self.rows
+        self.requests.append(request)
+        self.rows += request.rows
+        self.nbytes += request.layout.nbytes
+        if request.deadline_ns < self.deadline_ns:
+            self.deadline_ns = request.deadline_ns
+
+    def inputs(self, padding: int) -> dict[str, Array]:
+        """One tensor for each input, with the requests' rows one after the other and `padding` rows of zeros."""
+        if len(self.requests) == 1 and not padding:
+            return self._layout.arrays(self.requests[0].buffers)
+        return self._layout.joined(self._columns, self.rows, padding)
 
     def raw(self, name: str) -> bytes:
         """An output's bytes, all rows; converted once for all requests."""
@@ -65,11 +107,8 @@ class Batch:
 
     def settle(self) -> None:
         """Tell all who asked what came of it."""
-        start = 0
         requests, self.requests = self.requests, []  # or a batch and its requests would wait for the collector
         for request in requests:
-            request._batch, request._start = self, start
-            start += request.rows
             request.error = self.error
             request.settle()
 
@@ -87,22 +126,26 @@ class Waiter(Protocol):
 class Request:
     """A request on its way, and then its answer."""
 
-    __slots__ = ("_batch", "_start", "deadline_ns", "error", "inputs", "nbytes", "queued_ns", "rows", "waiter")
+    __slots__ = ("batch", "buffers", "deadline_ns", "error", "layout", "queued_ns", "rows", "start", "waiter")
 
     def __init__(
-        self, inputs: Mapping[str, Array], rows: int, deadline_ns: float, queued_ns: int, waiter: Waiter
+        self,
+        layout: Layout,
+        buffers: Sequence[Buffer],
+        rows: int,
+        deadline_ns: float,
+        queued_ns: int,
+        waiter: Waiter,
     ) -> None:
-        self.inputs = inputs
+        self.layout = layout
+        self.buffers = buffers
         self.rows = rows
-        self.nbytes = 0
-        for array in inputs.values():
-            self.nbytes += array.nbytes
         self.deadline_ns = deadline_ns
         self.queued_ns = queued_ns
         self.waiter = waiter
         self.error: Exception | None = None  # instead of an answer
-        self._batch: Batch
-        self._start = 0
+        self.batch: Batch  # that it waits in, or ran in
+        self.start: int  # its first row there
 
     def settle(self) -> None:
         """Tell whoever asked that this has its answer, or why not."""
@@ -113,34 +156,31 @@ class Request:
         except Exception:  # the others must be told all the same
             logger.exception("unexpected error while an answer was given")
 
-    def fits(self, other: Request) -> bool:
-        """Whether both can be rows of one tensor: all but the first axis must be equal."""
-        return all(array.shape[1:] == other.inputs[name].shape[1:] for name, array in self.inputs.items())
-
     @property
     def outputs(self) -> dict[str, Array]:
         """The request's rows of every output, as views."""
-        if not self._batch.shared:
-            return self._batch.outputs
-        end = self._start + self.rows
-        return {name: array[self._start : end] for name, array in self._batch.outputs.items()}
+        if self.rows == self.batch.rows:
+            return self.batch.outputs
+        end = self.start + self.rows
+        return {name: array[self.start : end] for name, array in self.batch.outputs.items()}
 
     def raw(self, name: str) -> bytes:
         """The request's rows of an output, as bytes."""
-        raw = self._batch.raw(name)
-        if not self._batch.shared:
+        batch = self.batch
+        raw = batch.raw(name)
+        if self.rows == batch.rows:
             return raw
-        row = len(raw) // self._batch.rows
-        return raw[self._start * row : (self._start + self.rows) * row]
+        row = len(raw) // batch.rows
+        return raw[self.start * row : (self.start + self.rows) * row]
 
     def row_shape(self, name: str) -> tuple[int, ...]:
         """The shape of one row of an output."""
-        return self._batch.outputs[name].shape[1:]
+        return self.batch.outputs[name].shape[1:]
 
     @property
     def stages(self) -> Stages:
         """When the request went through the stages."""
-        batch = self._batch
+        batch = self.batch
         return Stages(self.rows, self.queued_ns, batch.taken_ns, batch.assembled_ns, batch.computed_ns)
 
 
@@ -153,14 +193,15 @@ class Queue:
         self._statistics = statistics
         self._clock = clock
         self._tell = tell
-        self._waiting: deque[Request] = deque()
-        self._rows = 0  # of those that wait
+        self._waiting: deque[Batch] = deque()  # the last takes more
+        self._count = 0  # requests that wait
+        self._rows = 0  # of those
         self._purge_ns = 0  # when the next search may be
         self.running = 0  # requests that were taken and are not finished
         self.nbytes = 0  # of those that wait or run
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._count
 
     def check(self) -> None:
         """Whether one more request may wait, whatever it holds.
@@ -174,7 +215,7 @@ class Queue:
 
     def is_full(self, coming: int = 0) -> bool:
         """Whether there is no room for one more request, when `coming` others come before it. From any thread."""
-        return len(self._waiting) + self.running + coming >= self._limits.max_queue
+        return self._count + self.running + coming >= self._limits.max_queue
 
     def refusal(self, coming: int = 0) -> QueueFull | None:
         """Why one more request may not wait when `coming` others come before it; None where it may. Not counted."""
@@ -200,50 +241,63 @@ class Queue:
         if request.queued_ns >= request.deadline_ns:
             self._statistics.dropped("expired")
             raise self._expired()
-        self.check()
-        if self.nbytes + request.nbytes > limits.max_queue_bytes:
+        if self.is_full():
+            self.check()
+        if self.nbytes + request.layout.nbytes > limits.max_queue_bytes:
             self._purge()
-            if self.nbytes and self.nbytes + request.nbytes > limits.max_queue_bytes:
+            if self.nbytes and self.nbytes + request.layout.nbytes > limits.max_queue_bytes:
                 self._statistics.dropped("queue_bytes")
                 raise QueueFull(
-                    f"model {self._name}: {self.nbytes} bytes wait already, {request.nbytes} more are over the "
+                    f"model {self._name}: {self.nbytes} bytes wait already, {request.layout.nbytes} more are over the "
                     f"{limits.max_queue_bytes} that the queue holds (--max-queue-bytes)",
                     self._retry_s(),
                 )
-        self._waiting.append(request)
+        self._append(request)
+        self._count += 1
         self._rows += request.rows
-        self.nbytes += request.nbytes
+        self.nbytes += request.layout.nbytes
+
+    def _append(self, request: Request) -> None:
+        """Put it into the last batch, or one behind that."""
+        waiting = self._waiting
+        if waiting and waiting[-1].fits(request, self._limits.batch_rows):
+            waiting[-1].add(request)
+        else:
+            waiting.append(Batch(request))
 
     def wait_ns(self) -> int:
         """How long the next batch should wait for more requests; 0 when it should run now."""
         if not self._limits.max_delay_us or self._rows >= self._limits.batch_rows or not self._waiting:
             return 0
-        return max(0, self._waiting[0].queued_ns + 1000 * self._limits.max_delay_us - self._clock())
+        return max(0, self._waiting[0].requests[0].queued_ns + 1000 * self._limits.max_delay_us - self._clock())
 
     def take(self) -> Batch | None:
         """The first request and as many behind it as fit into one run; None when nobody waits.
 
         Those whose caller left or whose deadline passed are dropped, and counted.
         """
-        taken: list[Request] = []
-        rows = 0
         now = self._clock()
         while self._waiting:
-            request = self._waiting[0]
-            if taken and (rows + request.rows > self._limits.batch_rows or not request.fits(taken[0])):
-                break
-            self._waiting.popleft()
-            if not self._dropped(request, now):
-                taken.append(request)
-                rows += request.rows
-        self._rows -= rows
-        self.running += len(taken)
-        return Batch(taken, rows, now) if taken else None
+            batch = self._waiting.popleft()
+            if now >= batch.deadline_ns or any(request.waiter.gone() for request in batch.requests):
+                kept = self._kept(batch, now)
+                if not kept:
+                    continue
+                batch = Batch(kept[0])
+                for request in kept[1:]:
+                    batch.add(request)
+            batch.taken_ns = now
+            count = len(batch.requests)
+            self._count -= count
+            self._rows -= batch.rows
+            self.running += count
+            return batch
+        return None
 
     def finished(self, batch: Batch) -> None:
         """Make room for others."""
         self.running -= len(batch.requests)
-        self.nbytes -= sum(request.nbytes for request in batch.requests)
+        self.nbytes -= batch.nbytes
 
     def _purge(self) -> None:
         """Forget the requests that nobody waits for, unless that was just done."""
@@ -251,7 +305,15 @@ class Queue:
         if now < self._purge_ns:
             return
         self._purge_ns = now + _PURGE_NS
-        self._waiting = deque(request for request in self._waiting if not self._dropped(request, now))
+        waiting, self._waiting = self._waiting, deque()
+        for batch in waiting:
+            for request in self._kept(batch, now):
+                self._append(request)
+
+    def _kept(self, batch: Batch, now: int) -> list[Request]:
+        """The requests of a batch that somebody waits for; it has none any more."""
+        requests, batch.requests = batch.requests, []
+        return [request for request in requests if not self._dropped(request, now)]
 
     def _dropped(self, request: Request, now: int) -> bool:
         """Whether nobody waits for a request any more: it is then counted, and leaves its room to others."""
@@ -264,8 +326,9 @@ class Queue:
             error = self._expired()
         else:
             return False
+        self._count -= 1
         self._rows -= request.rows
-        self.nbytes -= request.nbytes
+        self.nbytes -= request.layout.nbytes
         request.error = error
         self._tell(Request.settle, request)
         return True
@@ -278,5 +341,5 @@ class Queue:
 
         In hundredths of a second: it is a guess, and equal answers cost whoever sends and reads many less.
         """
-        oldest = self._waiting[0].queued_ns if self._waiting else self._clock()
+        oldest = self._waiting[0].requests[0].queued_ns if self._waiting else self._clock()
         return max(1, round((self._clock() - oldest) / 1e7)) / 100

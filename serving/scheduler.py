@@ -21,7 +21,7 @@ import numpy as np
 from serving.errors import QueueFull, Unavailable
 from serving.request_queue import Batch, Clock, Limits, Queue, Request, Tell, Waiter, at_once
 from serving.statistics import Statistics
-from serving.tensors import Array
+from serving.tensors import Array, Buffer, Layout
 
 __all__ = ["Closed", "Limits", "OnLoop", "Request", "Scheduler", "Waiter"]
 
@@ -107,11 +107,12 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, inputs: Mapping[str, Array], deadline_ns: float, waiter: Waiter) -> None:
+    def submit(self, layout: Layout, buffers: Sequence[Buffer], deadline_ns: float, waiter: Waiter) -> None:
         """Let the model run on checked inputs.
 
         Args:
-            inputs: by name; what `Backend.run` takes.
+            layout: of what `Backend.run` is to take.
+            buffers: the inputs' contents.
             deadline_ns: when nobody waits for the answer any more, in `clock`'s nanoseconds; infinity when never.
             waiter: is told of the answer, or of DeadlineExceeded, or of what the model raised.
 
@@ -120,25 +121,26 @@ class Scheduler:
             DeadlineExceeded: the deadline has passed already.
             Closed: the model is being unloaded.
         """
-        rows = len(next(iter(inputs.values()))) if self.limits.batch_rows else 1
-        request = Request(inputs, rows, deadline_ns, self._clock(), waiter)
+        rows = layout.rows if self.limits.batch_rows else 1
+        request = Request(layout, buffers, rows, deadline_ns, self._clock(), waiter)
         with self._lock:
             if self._closed:
                 raise Closed(f"model {self._name} is being unloaded")
             self.queue.add(request)
-            alone = self._alone >= _ALONE and request.nbytes <= self._alone_nbytes
+            alone = self._alone >= _ALONE and layout.nbytes <= self._alone_nbytes
             if self._waiting and not alone:
                 self._changed.notify()
         if alone:
             self._tell(Scheduler._run_alone, self)
 
     async def infer(self, inputs: Mapping[str, Array], deadline_ns: float = math.inf) -> Request:
-        """As `submit`, on the event loop that `tell` leads to, and wait for the answer.
+        """As `submit` with arrays by name, on the event loop that `tell` leads to, and wait for the answer.
 
         To be cancelled withdraws the request.
         """
         waiter = OnLoop()
-        self.submit(inputs, deadline_ns, waiter)
+        buffers = [np.require(array, requirements="C") for array in inputs.values()]
+        self.submit(Layout.of(inputs), buffers, deadline_ns, waiter)
         return await waiter.future
 
     def check_room(self) -> None:
@@ -184,7 +186,7 @@ class Scheduler:
             alone = len(batch.requests) == 1 and not self.queue
             short = batch.computed_ns - batch.taken_ns <= _SHORT_NS
             self._alone = self._alone + 1 if self._run_alone_there and alone and short else 0
-            self._alone_nbytes = batch.requests[0].nbytes  # a request of more may take longer
+            self._alone_nbytes = batch.nbytes  # a request of more may take longer
         for part in parts:
             if part.error is None:
                 self._statistics.executed(
@@ -215,18 +217,17 @@ class Scheduler:
         requests = batch.requests
         try:
             rows = _bucket(batch.rows, self.limits.buckets)
-            inputs = _assemble(requests, rows - batch.rows)
+            inputs = batch.inputs(rows - batch.rows)
             batch.assembled_ns = self._clock()
             outputs = self._run(inputs)
             batch.computed_ns = self._clock()
             batch.outputs = outputs if len(requests) == 1 and rows == batch.rows else _rows(outputs, rows, batch.rows)
         except Exception as error:
             if len(requests) > 1:  # one request's input may be at fault: the others must not suffer
-                return [
-                    part
-                    for request in requests
-                    for part in self._execute(Batch([request], request.rows, batch.taken_ns))
-                ]
+                parts = [Batch(request) for request in requests]
+                for part in parts:
+                    part.taken_ns = batch.taken_ns
+                return [part for single in parts for part in self._execute(single)]
             batch.error = error
         return [batch]
 
@@ -234,18 +235,6 @@ class Scheduler:
 def _bucket(rows: int, buckets: Sequence[int]) -> int:
     """The number of rows to run `rows` with."""
     return next((bucket for bucket in buckets if bucket >= rows), rows)
-
-
-def _assemble(requests: Sequence[Request], padding: int) -> Mapping[str, Array]:
-    """One tensor for each input, with the requests' rows one after the other and `padding` rows of zeros."""
-    first = requests[0].inputs
-    if len(requests) == 1 and not padding:
-        return first
-    parts = {name: [request.inputs[name] for request in requests] for name in first}
-    if padding:
-        for name, array in first.items():
-            parts[name].append(np.zeros((padding, *array.shape[1:]), array.dtype))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _rows(outputs: dict[str, Array], got: int, wanted: int) -> dict[str, Array]:

@@ -105,7 +105,8 @@ def test_who_leaves_is_not_run_for(repository, monkeypatch):
         waiting, scheduler = infer.future(message(), timeout=30), server.server.repository.get(MODEL).scheduler
         wait_until(lambda: len(scheduler.queue) == 1)
         waiting.cancel()
-        wait_until(lambda: all(request.waiter.gone() for request in scheduler.queue._waiting))
+        (batch,) = scheduler.queue._waiting
+        wait_until(batch.requests[0].waiter.gone)
         backend.released.set()
         assert first.result()
         wait_until(lambda: ended(server) == {"OK": 2, "CANCELLED": 1})

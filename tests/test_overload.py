@@ -11,6 +11,7 @@ from protos import open_inference as pb
 from serving.request_queue import Limits, Queue, Request
 from serving.services.overload import Overload
 from serving.statistics import Rpcs, Statistics
+from serving.tensors import Layout
 
 INFER = pb.RPCS["ModelInfer"].path
 FULL = "model m: 2 requests wait already, the queue holds no more (--max-queue)"
@@ -51,7 +52,7 @@ class Catalog:
     def wait(self) -> Waiting:
         """One more request waits."""
         waiter = Waiting()
-        self.queue.add(Request({}, 1, math.inf, self.now_ns, waiter))
+        self.queue.add(Request(Layout([]), (), 1, math.inf, self.now_ns, waiter))
         return waiter
 
     def turn(self) -> None:

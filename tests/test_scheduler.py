@@ -16,6 +16,7 @@ from serving.errors import DeadlineExceeded, QueueFull, Unavailable
 from serving.request_queue import Limits, Queue, Request, Withdrawn
 from serving.scheduler import Scheduler
 from serving.statistics import Statistics
+from serving.tensors import Layout
 
 
 class Model:
@@ -60,6 +61,11 @@ def scheduled(scenario, model, *, max_batch_size=8, max_queue=100):
 
 def rows(*values):
     return {"x": np.array(values, np.float32).reshape(-1, 1)}
+
+
+def apart(arrays):
+    """As a request has them: what they look like, and what they hold."""
+    return Layout.of(arrays), tuple(arrays.values())
 
 
 async def enqueued(scheduler, model, first, *others):
@@ -169,6 +175,37 @@ def test_expired_and_cancelled_requests_never_run():
     assert [batch.ravel().tolist() for batch in model.batches] == [[0], [3]]
 
 
+def test_the_others_of_a_batch_keep_their_rows_when_one_leaves():
+    model = Model(held=True)
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(0)], [rows(1)], [rows(2, 3)], [rows(4, 5)])
+        tasks[2].cancel()
+        await asyncio.sleep(0)
+        model.released.set()
+        _, before, _, behind = await asyncio.gather(*tasks, return_exceptions=True)
+        assert before.outputs["y"].ravel().tolist() == [2]
+        assert behind.outputs["y"].ravel().tolist() == [8, 10]
+
+    scheduled(scenario, model)
+    assert [batch.ravel().tolist() for batch in model.batches] == [[0], [1, 4, 5]]
+
+
+def test_arrays_may_lie_in_memory_as_they_like():
+    model = Model(held=True)
+    turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
+
+    async def scenario(scheduler):
+        tasks = await enqueued(scheduler, model, [rows(0)], [{"x": turned}], [{"x": turned[::-1]}])
+        model.released.set()
+        _, first, second = await asyncio.gather(*tasks)
+        assert np.array_equal(first.outputs["y"], 2 * turned)
+        assert np.array_equal(second.outputs["y"], 2 * turned[::-1])
+
+    scheduled(scenario, model)
+    assert len(model.batches) == 2
+
+
 def test_a_full_queue_refuses_and_recovers():
     model = Model(held=True)
 
@@ -273,7 +310,7 @@ class Asker:
 def waiting(queue, clock, *values, deadline_ns=float("inf")):
     """Who waits for an answer, and the request that waits in the queue."""
     asker = Asker()
-    request = Request(rows(*values), len(values), deadline_ns, clock(), asker)
+    request = Request(*apart(rows(*values)), len(values), deadline_ns, clock(), asker)
     queue.add(request)
     return asker, request
 
@@ -361,10 +398,10 @@ def test_the_callers_of_a_batch_are_told_together_and_where_they_wait():
     scheduler = Scheduler("m", model.run, Statistics(), Limits(8), tell=lambda *call: told.put(call))
     askers = [Asker() for _ in range(4)]
     try:
-        scheduler.submit(rows(1), math.inf, askers[0])
+        scheduler.submit(*apart(rows(1)), math.inf, askers[0])
         assert model.started.wait(10)
         for value, asker in enumerate(askers[1:], 2):
-            scheduler.submit(rows(value), math.inf, asker)
+            scheduler.submit(*apart(rows(value)), math.inf, asker)
         askers[3].left = True
         model.released.set()
         calls = [told.get(timeout=10) for _ in range(3)]
@@ -406,7 +443,7 @@ def quick_model(run_ns=1000):
 
     def ask(*values):
         asker = Asker()
-        scheduler.submit(rows(*values), math.inf, asker)
+        scheduler.submit(*apart(rows(*values)), math.inf, asker)
         return asker
 
     def answered(*values):

@@ -12,7 +12,7 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from serving import tensors
 from serving.errors import InvalidArgument
-from serving.tensors import DATATYPES, Array, Origin, TensorSpec, classify, decode, encode
+from serving.tensors import DATATYPES, Array, Layout, Origin, TensorSpec, classify, decode, encode
 
 ORIGIN = Origin("input", "X", "M")
 
@@ -263,3 +263,36 @@ def test_over_a_million_classes_are_refused() -> None:
 def test_a_spec_has_the_protocols_shape() -> None:
     spec = TensorSpec(name="image", datatype="UINT8", shape=("batch", 1, 28, 28))
     assert (spec.dims(), spec.shape_text(), spec.dtype) == ((-1, 1, 28, 28), "[batch,1,28,28]", np.uint8)
+
+
+@pytest.mark.parametrize("datatype", DATATYPES)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_requests_that_are_alike_become_one(datatype: str, padding: int) -> None:
+    row = array_of([EXTREMES[datatype][0]], datatype)  # [1,n]
+    one, two = Layout.of({"x": row}), Layout.of({"x": np.concatenate([row, row])})
+    assert (one.rows, two.rows, one.row) == (1, 2, two.row)
+    joined = one.joined([[row, np.concatenate([row, row])]], 3, padding)["x"]
+    assert joined.dtype == row.dtype
+    assert np.array_equal(joined[:3], np.concatenate([row] * 3))
+    assert joined[3:].shape == (padding, *row.shape[1:])
+    assert not joined[3:].any()
+
+
+def test_bytes_and_arrays_are_the_same_to_a_layout() -> None:
+    arrays = {"a": np.array([[1, 2]], "<u2"), "b": np.array([[3.0]], "<f4")}
+    layout = Layout([("a", np.dtype("<u2"), (1, 2)), ("b", np.dtype("<f4"), (1, 1))])
+    assert (layout.nbytes, layout.row) == (8, Layout.of(arrays).row)
+    buffers = (b"\x01\x00\x02\x00", memoryview(b"\x00\x00\x40\x40"))
+    columns = list(zip(buffers, arrays.values(), strict=True))
+    for found in (layout.arrays(buffers), layout.arrays(tuple(arrays.values()))):
+        assert {name: array.tolist() for name, array in found.items()} == {"a": [[1, 2]], "b": [[3.0]]}
+    joined = layout.joined(columns, 2, 0)
+    assert {name: array.tolist() for name, array in joined.items()} == {"a": [[1, 2]] * 2, "b": [[3.0]] * 2}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"x": np.zeros((1, 3), np.uint8)}, {"x": np.zeros((1, 2), np.int8)}, {"y": np.zeros((1, 2), np.uint8)}],
+)
+def test_what_differs_in_more_than_its_rows_is_not_alike(other: dict[str, Array]) -> None:
+    assert Layout.of(other).row != Layout.of({"x": np.zeros((1, 2), np.uint8)}).row

@@ -14,8 +14,6 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
 from protos import open_inference as pb
 from serving import logs
 from serving.errors import RequestError
@@ -23,9 +21,10 @@ from serving.repository import Repository, ServedModel
 from serving.scheduler import Closed, OnLoop, Request, Waiter
 from serving.services.statuses import to_status
 from serving.statistics import Rpcs, Statistics
-from serving.tensors import DATATYPES
+from serving.tensors import DATATYPES, Layout
 from serving.wire import Requested
 
+_LARGE = 1 << 14  # bytes that are not copied
 _MAX_PREPARED = 256  # then all are forgotten: a client that never repeats itself must not fill the memory
 
 # Datatypes whose bytes are numpy's as they are, whatever they hold.
@@ -46,9 +45,7 @@ class Prepared:
     model_version: str  # as the request has it, which may be empty
     served: weakref.ref[ServedModel]  # a model that is replaced goes, and what is prepared for it is of no use
     middle: bytes  # of the request, between the id and the tensor's bytes
-    input_name: str
-    dtype: np.dtype[np.generic]
-    shape: tuple[int, ...]
+    layout: Layout  # of the tensor
     head: bytes  # of the answer, before the id
     tail: bytes  # of the answer, between the id and the outputs' bytes
     outputs: tuple[tuple[str, bytes, int], ...]  # name, key with length, and length in bytes
@@ -83,11 +80,12 @@ class PreparedRequests:
         served = self._repository.get(prepared.model_name, prepared.model_version)
         if not identity.isascii() or served is not prepared.served():
             return None  # the id might not be UTF-8; another version may answer otherwise
-        image = np.frombuffer(data, prepared.dtype, offset=end + len(prepared.middle)).reshape(prepared.shape)
+        at = end + len(prepared.middle)
+        raw = data[at:] if len(data) < _LARGE else memoryview(data)[at:]
         running = Running(prepared, served.statistics, identity, start_ns)
         try:
             waiter = wait(running)
-            served.scheduler.submit({prepared.input_name: image}, deadline_ns, waiter)
+            served.scheduler.submit(prepared.layout, (raw,), deadline_ns, waiter)
         except Closed:
             return None
         except RequestError:
@@ -142,9 +140,7 @@ class PreparedRequests:
             model_version=request.model_version,
             served=weakref.ref(served),
             middle=data[end : len(data) - len(raw)],
-            input_name=tensor.name,
-            dtype=DATATYPES[tensor.datatype],
-            shape=tuple(tensor.shape),
+            layout=Layout([(tensor.name, DATATYPES[tensor.datatype], tuple(tensor.shape))]),
             head=head.SerializeToString(),
             tail=pb.ModelInferResponse(outputs=response.outputs).SerializeToString(),
             outputs=tuple(outputs),
