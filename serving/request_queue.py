@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serving.errors import DeadlineExceeded, QueueFull
-from serving.statistics import Stages, Statistics
+from serving.statistics import Statistics
 from serving.tensors import Array, Buffer, Layout
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Batch:
         self.error: Exception | None = None
         self._layout = first.layout
         self._columns = [[buffer] for buffer in first.buffers]  # of the requests' inputs
-        self._raw: dict[str, bytes] = {}
+        self._raw: dict[str, tuple[bytes, int]] = {}
         first.batch, first.start = self, 0
 
     def fits(self, request: Request, most_rows: int) -> bool:
@@ -99,16 +99,19 @@ class Batch:
             return self._layout.arrays(self.requests[0].buffers)
         return self._layout.joined(self._columns, self.rows, padding)
 
-    def raw(self, name: str) -> bytes:
-        """An output's bytes, all rows; converted once for all requests."""
+    def raw(self, name: str) -> tuple[bytes, int]:
+        """An output's bytes, all rows, and how many a row has; converted once for all requests."""
         if (raw := self._raw.get(name)) is None:
-            raw = self._raw[name] = self.outputs[name].tobytes()
+            whole = self.outputs[name].tobytes()
+            raw = self._raw[name] = (whole, len(whole) // self.rows)
         return raw
 
     def settle(self) -> None:
         """Tell all who asked what came of it."""
         requests, self.requests = self.requests, []  # or a batch and its requests would wait for the collector
+        times = self.taken_ns, self.assembled_ns, self.computed_ns
         for request in requests:
+            request.taken_ns, request.assembled_ns, request.computed_ns = times
             request.error = self.error
             request.settle()
 
@@ -126,7 +129,20 @@ class Waiter(Protocol):
 class Request:
     """A request on its way, and then its answer."""
 
-    __slots__ = ("batch", "buffers", "deadline_ns", "error", "layout", "queued_ns", "rows", "start", "waiter")
+    __slots__ = (
+        "assembled_ns",
+        "batch",
+        "buffers",
+        "computed_ns",
+        "deadline_ns",
+        "error",
+        "layout",
+        "queued_ns",
+        "rows",
+        "start",
+        "taken_ns",
+        "waiter",
+    )
 
     def __init__(
         self,
@@ -146,6 +162,9 @@ class Request:
         self.error: Exception | None = None  # instead of an answer
         self.batch: Batch  # that it waits in, or ran in
         self.start: int  # its first row there
+        self.taken_ns: int  # of an answer, as the batch has them
+        self.assembled_ns: int
+        self.computed_ns: int
 
     def settle(self) -> None:
         """Tell whoever asked that this has its answer, or why not."""
@@ -166,22 +185,13 @@ class Request:
 
     def raw(self, name: str) -> bytes:
         """The request's rows of an output, as bytes."""
-        batch = self.batch
-        raw = batch.raw(name)
-        if self.rows == batch.rows:
-            return raw
-        row = len(raw) // batch.rows
-        return raw[self.start * row : (self.start + self.rows) * row]
+        raw, row = self.batch.raw(name)
+        begin = self.start * row
+        return raw[begin : begin + self.rows * row]
 
     def row_shape(self, name: str) -> tuple[int, ...]:
         """The shape of one row of an output."""
         return self.batch.outputs[name].shape[1:]
-
-    @property
-    def stages(self) -> Stages:
-        """When the request went through the stages."""
-        batch = self.batch
-        return Stages(self.rows, self.queued_ns, batch.taken_ns, batch.assembled_ns, batch.computed_ns)
 
 
 class Queue:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, Protocol, get_args
 
 # 100 us to 10 s in steps of 1, 2, 5.
 DURATION_BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
@@ -21,7 +21,7 @@ DropReason = Literal["queue_full", "queue_bytes", "expired", "cancelled"]
 DROP_REASONS: tuple[DropReason, ...] = get_args(DropReason)
 
 
-class Stages(NamedTuple):
+class Stages(Protocol):
     """When a request went through the stages, in `time.monotonic_ns()`, and its number of rows."""
 
     rows: int
@@ -154,7 +154,8 @@ class Statistics(_Locked):
     def succeeded(self, start_ns: int, stages: Stages) -> None:
         """Count a request that began to be decoded at `start_ns`, of `time.monotonic_ns()`, and is encoded now."""
         end_ns = time.monotonic_ns()
-        _, queued_ns, taken_ns, assembled_ns, computed_ns = stages
+        queued_ns, taken_ns = stages.queued_ns, stages.taken_ns
+        assembled_ns, computed_ns = stages.assembled_ns, stages.computed_ns
         with self.lock:
             self.success.add(end_ns - start_ns)
             self.queue.add(taken_ns - queued_ns)

@@ -82,24 +82,19 @@ class Layout:
     The contents are buffers, one for each input in this order: bytes as they came cost less than arrays of them.
     """
 
-    __slots__ = ("_inputs", "nbytes", "row")
+    __slots__ = ("_inputs", "nbytes", "row", "rows")
 
     def __init__(self, inputs: Sequence[tuple[str, np.dtype[np.generic], tuple[int, ...]]]) -> None:
         """Of inputs with these names, dtypes and shapes."""
         self._inputs = tuple(inputs)
         self.nbytes = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in inputs)
+        self.rows = inputs[0][2][0] if inputs and inputs[0][2] else 1  # the length of the first axis
         self.row = tuple((name, dtype, shape[1:]) for name, dtype, shape in inputs)  # alike: may be joined
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array]) -> Layout:
         """That of arrays, which are then the buffers."""
         return cls([(name, array.dtype, array.shape) for name, array in arrays.items()])
-
-    @property
-    def rows(self) -> int:
-        """The length of the first axis."""
-        _, _, shape = self._inputs[0]
-        return shape[0]
 
     def arrays(self, buffers: Sequence[Buffer]) -> dict[str, Array]:
         """A request's inputs."""

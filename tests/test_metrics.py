@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -33,7 +33,7 @@ from serving.errors import StartupError
 from serving.metrics import MAX_REASON, Endpoint, render
 from serving.repository import State
 from serving.snapshot import Key, Process, RunsOn, Snapshot, Version, combine, ended
-from serving.statistics import DROP_REASONS, DURATION_BOUNDS_NS, Histogram, Rpcs, Stages, Statistics, merge
+from serving.statistics import DROP_REASONS, DURATION_BOUNDS_NS, Histogram, Rpcs, Statistics, merge
 
 ROOT = Path(__file__).parents[1]
 IMAGES = np.zeros((4, 1, 28, 28), np.uint8)
@@ -443,6 +443,17 @@ def test_a_duration_is_counted_in_the_first_bucket_that_holds_it():
     assert histogram.buckets == [2, 1, *[0] * 13, 1, 1]
     assert (histogram.count, histogram.ns) == (5, 2 * 10**10 + 200_002)
     assert (DURATION_BOUNDS_NS[0], DURATION_BOUNDS_NS[-1]) == (10**5, 10**10)
+
+
+@dataclass
+class Stages:
+    """When a request went through the stages, as its answer has it."""
+
+    rows: int
+    queued_ns: int
+    taken_ns: int
+    assembled_ns: int
+    computed_ns: int
 
 
 def counted(seed: int) -> Statistics:

@@ -84,8 +84,7 @@ def test_an_idle_model_runs_a_request_at_once():
     async def scenario(scheduler):
         answer = await scheduler.infer(rows(1, 2))
         assert answer.outputs["y"].tolist() == [[2], [4]]
-        stages = answer.stages
-        assert stages.queued_ns <= stages.taken_ns <= stages.assembled_ns <= stages.computed_ns
+        assert answer.queued_ns <= answer.taken_ns <= answer.assembled_ns <= answer.computed_ns
 
     statistics = scheduled(scenario, model)
     assert (statistics.execution_count, dict(statistics.batches).keys()) == (1, {2})

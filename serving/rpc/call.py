@@ -175,8 +175,8 @@ class Call:
         """Send the status, after the answer where there is one; nobody waits until it is sent."""
         if self._over or self._gone:
             return
-        if answer is not None and (problem := self._too_large(answer)):
-            answer = None
+        if answer is not None and len(answer) > self._host.options.max_answer_bytes:
+            problem, answer = self._too_large(answer), None
             self._code, self._details, self._trailing = grpc.StatusCode.RESOURCE_EXHAUSTED, problem, ()
         self._over = True
         outgoing = self._outgoing
@@ -214,8 +214,8 @@ class Call:
                 async for response in answers:
                     self._begin()
                     encoded = _encoded(response, handler)
-                    if problem := self._too_large(encoded):
-                        await self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, problem)
+                    if len(encoded) > self._host.options.max_answer_bytes:
+                        await self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, self._too_large(encoded))
                     self._outgoing.send(self, encoded)
                     await self._take_turns()
         else:
@@ -227,10 +227,8 @@ class Call:
             self._begun = True
             self._outgoing.begin(self)
 
-    def _too_large(self, answer: bytes) -> str | None:
+    def _too_large(self, answer: bytes) -> str:
         most = self._host.options.max_answer_bytes
-        if len(answer) <= most:
-            return None
         return f"the answer has {len(answer)} bytes, of which at most {most} may be sent"
 
     async def _take_turns(self) -> None:

@@ -313,15 +313,18 @@ class Connection(asyncio.Protocol):
 
     def _close(self, stream: int) -> None:
         """A call's answers were sent."""
-        call = self.calls[stream]
+        call = self.calls.pop(stream)
         if not call.half_closed:  # the client need not send the rest
-            self._outgoing.reset(call.stream, frames.NO_ERROR)
-        self._forget(call)
+            self._outgoing.reset(stream, frames.NO_ERROR)
+        self._ended(call)
 
     def _forget(self, call: Call) -> None:
-        if self.calls.pop(call.stream, None) is None:
-            return
-        self._outgoing.forget(call)
+        """A call ends before its answers were sent, if it had not ended."""
+        if self.calls.pop(call.stream, None):
+            self._outgoing.forget(call)
+            self._ended(call)
+
+    def _ended(self, call: Call) -> None:
         call.forgotten()
         if self._final and not self.calls:
             self._hang_up()

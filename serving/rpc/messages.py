@@ -19,9 +19,14 @@ class Unreadable(Exception):
         self.code = code
 
 
+def prefix(length: int) -> bytes:
+    """What stands before a message of so many bytes, which is not compressed."""
+    return b"\0" + length.to_bytes(4, "big")
+
+
 def prefixed(message: bytes) -> bytes:
     """A message with its prefix."""
-    return b"\0" + len(message).to_bytes(4, "big") + message
+    return prefix(len(message)) + message
 
 
 def size(data: bytes, most: int) -> int:

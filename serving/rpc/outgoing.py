@@ -58,6 +58,8 @@ class Outgoing:
         self._resized, self._resized_s = 0, 0.0  # how often, since when
         self._blocked: dict[int, Sending] = {}  # those that have more to send than the windows let out
         self._refusal = self._refusal_head = b""  # the last one
+        self._size = 0  # of the last call's only answer
+        self._before = self._prefix = b""  # what frames one of that size
         self._room = asyncio.Event()  # the socket takes more
         self._room.set()
 
@@ -106,12 +108,13 @@ class Outgoing:
             return
         self._window -= size
         self.answered = True
+        if size != self._size:  # as few answers have that follow each other
+            self._size = size
+            self._before = RESPONSE + frames.head(frames.DATA, 0, size)
+            self._prefix = messages.prefix(len(message))
         stream = number(call.stream)
-        data = size.to_bytes(3, "big") + b"\0\0"  # the head of a DATA frame
-        prefix = b"\0" + len(message).to_bytes(4, "big")
-        self.write(
-            b"".join((_RESPONSE_HEAD, stream, RESPONSE, data, stream, prefix, message, _OK_HEAD, stream, TRAILERS_OK))
-        )
+        parts = (_RESPONSE_HEAD, stream, self._before, stream, self._prefix, message, _OK_HEAD, stream, TRAILERS_OK)
+        self.write(b"".join(parts))
         self._closed(call.stream)
 
     def begin(self, call: Sending) -> None:

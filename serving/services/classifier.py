@@ -81,7 +81,7 @@ class ClassifierService:
             top_k = _top_k(request.top_k, len(manifest.labels))
             batch = await self._images(request, served, manifest.inputs[0])
             answer = await served.scheduler.infer({manifest.inputs[0].name: batch}, until)
-            return _response(request.id, served, manifest, answer.outputs["probabilities"], top_k), answer.stages
+            return _response(request.id, served, manifest, answer.outputs["probabilities"], top_k), answer
 
         return await ask(self._repository, request.model or self._repository.only_model(), request.version, question)
 

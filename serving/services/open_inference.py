@@ -142,7 +142,7 @@ class OpenInferenceService:
             labels = _labels(served)
             wire.encode_outputs(response, wanted, answer.outputs, backend.outputs, labels, served.max_batch_size)
             self._prepared.learn(data, request, served, wanted, response)
-            return response, answer.stages
+            return response, answer
 
         return await ask(self._repository, request.model_name, request.model_version, question)
 

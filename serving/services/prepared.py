@@ -172,7 +172,7 @@ class Running:
             parts.append(key)
             parts.append(raw)
         message = b"".join(parts)
-        self._statistics.succeeded(self._start_ns, answer.stages)
+        self._statistics.succeeded(self._start_ns, answer)
         return message
 
 
