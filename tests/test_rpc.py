@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
+import uvloop
 from conftest import wait_until
 
 from serving import rpc
@@ -508,6 +509,9 @@ class Transport:
     def __init__(self):
         self.written = []
 
+    def get_extra_info(self, name):
+        return None
+
     def is_closing(self):
         return False
 
@@ -531,3 +535,33 @@ def test_what_one_turn_of_the_event_loop_gives_goes_with_one_write():
         assert len(transport.written) == 3
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_what_a_socket_does_not_take_at_once_follows_in_order(new_loop):
+    sent = [number.to_bytes(4, "big") * 5_000 for number in range(500)]  # 10 MB, more than a socket holds
+
+    async def scenario():
+        ours, theirs = socket.socketpair()
+        transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=ours)
+        outgoing = Outgoing(transport, rpc.Inbox(), lambda stream: None)
+        theirs.setblocking(False)
+        received = b""
+        for number, data in enumerate(sent):
+            outgoing.write(data)
+            if number == 400:
+                assert transport.get_write_buffer_size()
+                received = theirs.recv(1 << 20)  # there is room again, and what comes now must not overtake
+        reader, writer = await asyncio.open_connection(sock=theirs)
+        received += await reader.readexactly(sum(map(len, sent)) - len(received))
+        assert received == b"".join(sent)
+        outgoing.write(b"the last")
+        assert await reader.readexactly(8) == b"the last"
+        writer.close()  # who has gone is no error, and gets nothing
+        await asyncio.sleep(0.01)
+        for _ in range(3):
+            outgoing.write(bytes(1 << 20))
+        assert transport.is_closing()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(scenario())

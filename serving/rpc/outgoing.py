@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -50,6 +53,7 @@ class Outgoing:
         self._transport = transport
         self._inbox = inbox
         self._closed = closed
+        self._socket = _plain_socket(transport)
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._window = frames.DEFAULT_WINDOW  # bytes that may be sent
@@ -85,7 +89,19 @@ class Outgoing:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
             if not self._transport.is_closing():
-                self._transport.write(data)
+                self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        """Past the transport, where nothing waits in it: uvloop's keeps the interpreter's lock while the system writes.
+
+        That takes as long as all else that an answer costs, and a model's thread would wait for it.
+        """
+        sent = 0
+        if self._socket is not None and not self._transport.get_write_buffer_size():
+            with contextlib.suppress(OSError):  # it takes nothing now, or has broken: the transport will find out
+                sent = os.write(self._socket, data)
+        if sent < len(data):
+            self._transport.write(memoryview(data)[sent:] if sent else data)
 
     # Calls' answers.
 
@@ -260,3 +276,11 @@ class Outgoing:
             if self._window <= 0:
                 break
             self._send(call)
+
+
+def _plain_socket(transport: asyncio.Transport) -> int | None:
+    """The descriptor of a transport's socket; None where bytes are not sent as they are, and on Windows."""
+    found = transport.get_extra_info("socket")
+    if found is None or transport.get_extra_info("ssl_object") is not None or sys.platform == "win32":
+        return None
+    return int(found.fileno())
