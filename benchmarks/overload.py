@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         specs = open_bundle(newest(options.repository / options.model)).manifest.inputs
-        extra = ["--max-queue", str(options.max_queue), *options.serve_option]
+        extra = ["--max-queue", str(options.max_queue), "--workers", str(options.workers), *options.serve_option]
         server = contenders.ours(options.repository, options.model, extra)
         first = infer_request(options.model, specs, random_inputs(specs, 1, seed=0))
         with started(server.command, server.port, UNARY, first) as running:
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"the host kept {stolen_at_peak:.0%} of the CPU time at the peak, {stolen_since:.0%} since")
     settled = sampler.after(options.warmup + options.seconds / 3)
     growth = memory_slope(settled) * (settled[-1].at_s - settled[0].at_s) / 60
-    bound_ms = options.most_ms or 2 * options.max_queue / peak * 1e3
+    bound_ms = options.most_ms or 2 * options.workers * options.max_queue / peak * 1e3
     checks = judge(result, peak, after, options.seconds, growth, bound_ms)
     table = Table("demand", "measured", "")
     for check in checks:
@@ -116,9 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--in-flight", type=int, default=64, metavar="N", help="while the peak is sought (default: 64)")
     parser.add_argument("--connections", type=int, default=4, metavar="N", help="(default: 4)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="of the load generator (default: 1)")
-    parser.add_argument("--max-queue", type=int, default=128, metavar="N", help="of the server (default: 128)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="of the server (default: 1)")
+    parser.add_argument("--max-queue", type=int, default=128, metavar="N", help="of each of them (default: 128)")
     parser.add_argument(
-        "--most-ms", type=float, metavar="MS", help="p99 of what is accepted (default: twice the time for a full queue)"
+        "--most-ms", type=float, metavar="MS", help="p99 of what is accepted (default: twice the time for full queues)"
     )
     parser.add_argument("--serve-option", action="append", default=[], metavar="--X=Y", help="passed on to the server")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
