@@ -94,7 +94,7 @@ class Outgoing:
     def _write(self, data: bytes) -> None:
         """Past the transport, where nothing waits in it: uvloop's keeps the interpreter's lock while the system writes.
 
-        That takes as long as all else that an answer costs, and a model's thread would wait for it.
+        That was a third of the time that the event loop had the lock, and a model's thread waited for it.
         """
         sent = 0
         if self._socket is not None and not self._transport.get_write_buffer_size():
