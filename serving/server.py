@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # How long a thread that wants the interpreter's lock waits before the other must let go of it. A model's thread needs
-# it for a moment between two batches, and mostly has it within half of this: who must let go in the middle of its work
-# has to wait for the lock in turn. With Python's own 5 ms a model would wait that long for what takes Python long.
+# it for a moment between two batches, and mostly has it sooner: who must let go in the middle of its work has to wait
+# for the lock in turn. With Python's own 5 ms a model would wait that long for what takes Python long.
 _SWITCH_S = 1e-3
 
 _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"]
