@@ -6,6 +6,9 @@ Finds the most requests a second that it answers, then offers twice as many, wha
 again. Accepted requests must keep a bounded latency, the others must be refused with RESOURCE_EXHAUSTED and quickly,
 memory must stay flat, and as many requests must be answered as before and after: of both, so that a machine whose speed
 drifts is not taken for a server that gives way.
+
+The bound follows from the other demands: an accepted request may wait for a full queue, at the least throughput that is
+allowed, and be on its way for as long as a refusal may, which waits for nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import asyncio
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ from benchmarks.load import Result, learn, line, run_load
 from benchmarks.machine import Stolen, describe
 from benchmarks.processes import started
 from benchmarks.sampling import Sampler, memory_slope
+from benchmarks.work import work_of
 from serving.bundle import newest, open_bundle
 from serving.errors import BundleError
 
@@ -69,14 +75,17 @@ def main(arguments: list[str] | None = None) -> int:
                 seconds=options.peak_seconds,
                 warmup_s=options.warmup,
             )
-            stolen = Stolen()
+            stolen, work = Stolen(), [work_of(running.target, options.model)]
             peak = _peak(load, options.processes, console)
             stolen_at_peak, stolen = stolen.share(), Stolen()
             offered = Load(**{**vars(load), "rate": 2 * peak, "seconds": options.seconds})
+            work.append(work_of(running.target, options.model))
             with Sampler(running.pid) as sampler:
                 result = run_load(offered, options.processes)
             stolen_since = stolen.share()
+            work.append(work_of(running.target, options.model))
             after = _peak(load, options.processes, console)
+            work.append(work_of(running.target, options.model))
     except BundleError as error:
         print(f"error: {error} (`make demo` gets the data, trains and exports)", file=sys.stderr)
         return 2
@@ -87,9 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
     for status, text in result.messages.items():
         console.print(f"  {status}: {text}")
     console.print(f"the host kept {stolen_at_peak:.0%} of the CPU time at the peak, {stolen_since:.0%} since")
+    us_per_image = [later.since(earlier).us_per_image for earlier, later in pairwise(work)]
+    console.print(_speeds(us_per_image, [rate * options.images for rate in (peak, result.requests_per_s, after)]))
     settled = sampler.after(options.warmup + options.seconds / 3)
     growth = memory_slope(settled) * (settled[-1].at_s - settled[0].at_s) / 60
-    bound_ms = options.most_ms or 2 * options.workers * options.max_queue / peak * 1e3
+    bound_ms = options.most_ms or most_ms(options.workers * options.max_queue, peak)
     checks = judge(result, peak, after, options.seconds, growth, bound_ms)
     table = Table("demand", "measured", "")
     for check in checks:
@@ -99,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         report: dict[str, Any] = {"machine": describe(), "peak_requests_per_s": peak, **asdict(result)}
         report |= {"peak_after_requests_per_s": after}
         report |= {"stolen_at_peak": stolen_at_peak, "stolen_since": stolen_since}
+        report |= {"model_us_per_image": dict(zip(("before", "meanwhile", "after"), us_per_image, strict=True))}
         report |= {"samples": sampler.samples, "checks": [asdict(check) for check in checks]}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -119,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="of the server (default: 1)")
     parser.add_argument("--max-queue", type=int, default=128, metavar="N", help="of each of them (default: 128)")
     parser.add_argument(
-        "--most-ms", type=float, metavar="MS", help="p99 of what is accepted (default: twice the time for full queues)"
+        "--most-ms", type=float, metavar="MS", help="p99 of what is accepted (default: follows from the other demands)"
     )
     parser.add_argument("--serve-option", action="append", default=[], metavar="--X=Y", help="passed on to the server")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
@@ -140,6 +152,18 @@ def _peak(load: Load, processes: int, console: Console) -> float:
             raise ValueError(f"not every request was answered while the peak was sought: {result.statuses}")
         rates.append(result.requests_per_s)
     return statistics.median(rates)
+
+
+def _speeds(us_per_image: Sequence[float], images_per_s: Sequence[float]) -> str:
+    """What a machine whose speed drifts does to the model, and how much of the time the server let it compute."""
+    times = ", ".join(f"{us:.0f}" for us in us_per_image)
+    shares = ", ".join(f"{us * rate / 1e6:.0%}" for us, rate in zip(us_per_image, images_per_s, strict=True))
+    return f"the model, at the peak before, meanwhile, at the peak after: {times} us an image, {shares} of the time"
+
+
+def most_ms(queued: int, peak: float) -> float:
+    """How long an accepted request may take that finds all queues full, of so many requests."""
+    return queued / (LEAST_OF_PEAK * peak) * 1e3 + REFUSED_P99_MS
 
 
 def judge(result: Result, peak: float, after: float, seconds: float, growth_mb: float, bound_ms: float) -> list[Check]:

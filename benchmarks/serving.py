@@ -11,7 +11,6 @@ Every answer of a server that runs the model is compared with ONNX Runtime's own
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import math
@@ -28,7 +27,6 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import contenders, inprocess, peers
-from benchmarks.calls import ask
 from benchmarks.contenders import BOUND, Contender
 from benchmarks.driver import UNARY, Load
 from benchmarks.exchanges import Exchange, infer_request, random_inputs
@@ -36,7 +34,7 @@ from benchmarks.load import Result, run_load
 from benchmarks.machine import Stolen, describe
 from benchmarks.processes import Started, cpu_s, rss_mb, started
 from benchmarks.report import tables
-from protos import open_inference as pb
+from benchmarks.work import Work, work_of
 from serving.bundle import Bundle, newest, open_bundle
 from serving.errors import BundleError
 
@@ -240,10 +238,11 @@ def _case(
                 warmup_s=options.warmup,
                 watch=(server.pid,),
             )
-            before = _executions(server.target, options.model)
+            before = _work(server, options.model)
             result = run_load(load, options.processes)
-            after = _executions(server.target, options.model)
-            rounds[contender.name].append(Round(result, options.seconds, _mean_batch(before, after)))
+            after = _work(server, options.model)
+            mean_batch = after.since(before).mean_batch if before and after else None
+            rounds[contender.name].append(Round(result, options.seconds, mean_batch))
     rows = [_row(name, case, measured) for name, measured in rounds.items()]
     bounds = [row["requests_per_s"] for row in rows if row["server"] == BOUND]
     for row in rows:
@@ -251,21 +250,12 @@ def _case(
     return rows
 
 
-def _executions(target: str, model: str) -> tuple[int, int] | None:
-    """Images computed and runs of the model so far; None from a server that keeps no such statistics."""
-    request = pb.ModelStatisticsRequest(name=model).SerializeToString()
+def _work(server: Started, model: str) -> Work | None:
+    """What the model has done so far; None where the server does not say."""
     try:
-        answer = asyncio.run(ask(target, pb.RPCS["ModelStatistics"].path, request))
+        return work_of(server.target, model)
     except ValueError:
         return None
-    counted = pb.ModelStatisticsResponse.FromString(answer).model_stats
-    return sum(each.inference_count for each in counted), sum(each.execution_count for each in counted)
-
-
-def _mean_batch(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
-    if before is None or after is None or after[1] == before[1]:
-        return None
-    return (after[0] - before[0]) / (after[1] - before[1])
 
 
 def _row(name: str, case: Case, rounds: list[Round]) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def test_each_demand_under_overload_can_fail(changes, growth_mb, failing):
 TWO_WORKERS = pytest.mark.skipif(sys.platform != "linux", reason="only Linux spreads connections over processes")
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--serve-option=--workers=2"], marks=TWO_WORKERS)])
+@pytest.mark.parametrize("more", [[], pytest.param(["--workers=2"], marks=TWO_WORKERS)])
 def test_overload(repository, tmp_path, more):
     path = tmp_path / "overload.json"
     arguments = [*more, "--repository", str(repository), "--model", MODEL, "--seconds", "2", "--peak-seconds", "0.3"]
@@ -259,6 +259,12 @@ def test_overload(repository, tmp_path, more):
     assert 0 <= written["stolen_since"] < 1
     assert written["statuses"]["OK"] > 0
     assert "WRONG" not in written["statuses"]
+    assert list(written["model_us_per_image"]) == ["before", "meanwhile", "after"]
+    assert all(0 < us < 1e5 for us in written["model_us_per_image"].values())
+
+
+def test_an_accepted_request_may_wait_for_full_queues_and_be_on_its_way_as_long_as_a_refusal():
+    assert overload.most_ms(queued=90, peak=1000) == pytest.approx(100 + 10)  # 90 of them at 900 a second
 
 
 @pytest.mark.parametrize(("most", "code"), [("1e9", 0), ("-1e9", 1)])
