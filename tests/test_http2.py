@@ -9,6 +9,7 @@ import gc
 import gzip
 import random
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -22,6 +23,7 @@ import pytest
 from conftest import wait_until
 from test_rpc import SERVICE, Handlers
 
+from benchmarks.calls import new_loop
 from serving import rpc
 from serving.rpc import frames
 from serving.rpc.call import WINDOW
@@ -38,9 +40,9 @@ ECHO = f"/{SERVICE}/echo"
 class Server:
     """One on a thread of its own, and how its loop is asked."""
 
-    def __init__(self, handlers, **settings):
+    def __init__(self, handlers, loop=asyncio.new_event_loop, **settings):
         self.handlers = handlers
-        self.loop = asyncio.new_event_loop()
+        self.loop = loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         self.port = self.run(self._start(settings))
@@ -1295,6 +1297,65 @@ def test_answers_that_a_client_never_takes_are_forgotten_at_the_deadline(served)
     assert not connection.calls
 
 
+def test_answers_without_a_handler_are_forgotten_at_the_deadline_too():
+    def begin(data, call):
+        call.end(data)
+        return True
+
+    with serving(direct=rpc.Direct({ECHO}, begin)) as (server, connect):
+        client = connect({frames.INITIAL_WINDOW_SIZE: 10})
+        client.begin(1, grpc_timeout="200m")
+        client.data(1, prefixed(bytes(1000)))
+        client.socket.settimeout(2)
+        assert client.answer(1).reset == frames.CANCEL
+        (connection,) = server.rpc._connections
+        assert not connection.calls
+
+
+def test_a_call_that_has_ended_has_no_deadline_any_more(served):
+    """Nor is it kept until then, which may be in years."""
+    _, connect = served
+    client = connect()
+    client.begin(1, _path="/nobody/knows", grpc_timeout="200m")
+    assert client.answer(1).status == grpc.StatusCode.UNIMPLEMENTED.value[0]
+    client.begin(3, grpc_timeout="200m")
+    client.send(frame(frames.RST_STREAM, 0, 3, number(frames.CANCEL)))  # which may come with it
+    time.sleep(0.4)
+    client.sync()
+    resets = [(stream, payload) for kind, _, stream, payload in client.seen if kind == frames.RST_STREAM]
+    assert resets == [(1, number(frames.NO_ERROR))]
+
+
+def test_many_small_pieces_take_no_more_memory_than_one(served):
+    server, connect = served
+    client = connect()
+    client.begin(1)
+    data = prefixed(bytes(20_000))
+    client.send(*(frame(frames.DATA, 0, 1, data[at : at + 2]) for at in range(0, 20_000, 2)))
+    client.sync()
+    (connection,) = server.rpc._connections
+    assert connection._held == 20_000
+    assert sum(map(sys.getsizeof, connection.calls[1]._parts)) < 21_000
+    client.data(1, data[20_000:])
+    assert client.answer(1).message == bytes(20_000)
+
+
+def test_what_a_forgotten_call_held_is_given_back_once(served):
+    """Whoever reads its requests may have been woken just before."""
+    server, connect = served
+    client = connect()
+    client.begin(1, "unread")
+    client.data(1, prefixed(bytes(1000)), flags=0)
+    client.sync()
+    (connection,) = server.rpc._connections
+    call = connection.calls[1]
+    assert connection._held == 1005
+    client.send(frame(frames.RST_STREAM, 0, 1, number(frames.CANCEL)))
+    client.sync()
+    server.run(anext(call._requests))
+    assert connection._held == 0
+
+
 def test_an_answer_over_the_limit_is_not_sent():
     with serving(options=rpc.Options(max_answer_bytes=1000)) as (_, connect):
         client = connect()
@@ -1312,6 +1373,30 @@ def test_what_cannot_be_unpacked_is_no_error_of_ours(client, caplog):
     assert client.answer(1).status == grpc.StatusCode.INTERNAL.value[0]
     assert client.ask(3).message == b"hello"
     assert not caplog.records
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, new_loop], ids=["asyncio", "uvloop"])
+def test_a_client_that_still_takes_its_answer_gets_all_of_it_before_the_server_has_gone(loop):
+    """It says what it has taken, as gRPC's clients do: to a closed socket, which would take the rest back."""
+    with serving(loop=loop) as (server, connect):
+        client = connect({frames.INITIAL_WINDOW_SIZE: frames.LARGEST})
+        client.send(frame(frames.WINDOW_UPDATE, 0, 0, number(1 << 24)))
+        client.begin(1, "swell")
+        client.data(1, prefixed(b""))
+        assert server.handlers.started.wait(WAIT_S)
+        stopping = asyncio.run_coroutine_threadsafe(server.rpc.stop(WAIT_S), server.loop)
+        answer = client.answers.setdefault(1, Answer())
+        while not answer.ended:
+            kind, flags, _, payload = client.read()
+            if kind == frames.PING and not flags & frames.ACK:
+                client.send(frame(frames.PING, frames.ACK, 0, payload))
+            elif kind == frames.DATA:
+                client.send(frame(frames.WINDOW_UPDATE, 0, 0, number(len(payload))))
+                time.sleep(0.0005)  # 32 MB a second
+        assert len(answer.message) == 3_000_000
+        assert client.read() is None
+        client.close()
+        stopping.result(WAIT_S)
 
 
 def test_who_connects_while_the_server_stops_is_sent_away():

@@ -51,6 +51,11 @@ class Handlers:
         await asyncio.sleep(0.3)
         return b"rested"
 
+    async def swell(self, data, call):
+        self.started.set()
+        await asyncio.sleep(0.3)
+        return bytes(3_000_000)
+
     async def block(self, data, call):
         self.started.set()
         self.unblock.wait(20)  # the whole loop does
@@ -83,7 +88,7 @@ class Handlers:
         call.set_details("elsewhere")
 
     def generic(self):
-        unary = {name: getattr(self, name) for name in ("echo", "refuse", "fail", "wait", "nap", "block")}
+        unary = {name: getattr(self, name) for name in ("echo", "refuse", "fail", "wait", "nap", "swell", "block")}
         streams = {name: getattr(self, name) for name in ("double", "count", "large", "half", "unread")}
         methods = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
         methods |= {name: grpc.stream_stream_rpc_method_handler(method) for name, method in streams.items()}

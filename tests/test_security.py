@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -23,6 +25,7 @@ from serving.client import AsyncClient, Client, predict_request
 from serving.config import ServerConfig
 from serving.credentials import Credentials, is_loopback, read_tokens
 from serving.errors import InvalidArgument, StartupError, Unauthenticated, Unavailable
+from serving.rpc import frames
 from serving.security import CHECK_S, Reloaded, Tls, TokenGuard
 
 IMAGE = np.zeros((1, 1, 28, 28), np.uint8)
@@ -468,3 +471,29 @@ def test_a_client_whose_authority_was_taken_out_does_not_resume(tmp_path, server
     for kept in (None, session):
         with pytest.raises(ssl.SSLError, match=r"(?i)certificate"):
             connect(kept)
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_client_that_does_not_close_its_side_of_tls_does_not_hold_a_server(repository, server_cert, ca, hurried):
+    settings = {"tls_cert": server_cert.cert, "tls_key": server_cert.key, "drain_delay_s": 0, "drain_s": 60}
+    context = ssl.create_default_context(cafile=ca.cert)
+    context.set_alpn_protocols(["h2"])
+    with running(repository, **settings) as server:
+        host, _, port = server.address.rpartition(":")
+        with (
+            socket.create_connection((host, int(port))) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as silent,
+        ):
+            silent.sendall(frames.PREFACE + frames.settings({}))
+            assert silent.recv(1)
+
+            async def stop():
+                hurry = asyncio.Event()
+                if hurried:
+                    asyncio.get_running_loop().call_later(0.1, hurry.set)
+                began = time.monotonic()
+                await server.server.stop(hurry)
+                return time.monotonic() - began
+
+            took_s = asyncio.run_coroutine_threadsafe(stop(), server.loop).result(60)
+            assert took_s < (1.5 if hurried else 10)

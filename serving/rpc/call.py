@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
+_SMALL = 1 << 12  # bytes of a piece of a request, which the next is added to: many small ones would take much memory
 _TURN = 32  # answers of a stream, after which others have theirs
 WINDOW = 1 << 20  # bytes that a client may send for a call before it is told that there is room for more
 
@@ -317,11 +318,11 @@ class Call:
         if self._parts is None:
             self._parts = []
         parts = self._parts
-        if payload:
+        if parts and len(parts[-1]) < _SMALL:
+            parts[-1] += payload
+        elif payload:
             parts.append(payload)
-            self._hold(len(payload))
-        if len(parts) > 1 and len(parts[0]) < messages.PREFIX_BYTES:
-            parts[:] = [b"".join(parts)]
+        self._hold(len(payload))
         size = messages.size(parts[0], most) if parts and len(parts[0]) >= messages.PREFIX_BYTES else 0
         if size and self._held > size:
             raise self._wants_one("more")
@@ -349,6 +350,7 @@ class Call:
 
     def taken(self, size: int) -> None:
         """Bytes of a request need not be kept any more."""
+        size = min(size, self._held)  # a call that was forgotten holds none
         self._held -= size
         self._connection.hold(-size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from serving.rpc import frames
@@ -20,6 +21,8 @@ _TOP_UP = 1 << 29  # bytes after which the connection's own window, which never 
 _BUFFERED = 1 << 20  # bytes that may wait for the socket before a client that reads nothing is read no more
 _WHY = 200  # bytes of an explanation
 
+LINGERS_S = 2.0  # a client that has been told all and is silent for so long is not waited for
+_FAREWELL_S = 0.2  # and one that is sent away has so long to take its farewell
 _HEARS_S = 1.0  # a client that does not say it has heard a GOAWAY is taken to have done so
 _LAST = b"last...."  # what the PING says that follows a GOAWAY
 
@@ -66,6 +69,9 @@ class Connection(asyncio.Protocol):
         self._leaving = False  # the client was told to make no more calls
         self._final = False  # and which one was the last
         self._deaf: asyncio.TimerHandle | None = None  # when it is taken to have heard so, whatever it says
+        self._hung_up = False  # it was told all, and need only take it
+        self._lingering: asyncio.TimerHandle | None = None  # when it is given up
+        self._heard = False  # whether it has sent anything since that was set
 
     # What asyncio calls.
 
@@ -91,8 +97,9 @@ class Connection(asyncio.Protocol):
             self.go_away()
 
     def data_received(self, data: bytes) -> None:
-        if self._transport.is_closing():
-            return  # TLS may give what had come before
+        self._heard = True
+        if self._hung_up:
+            return
         self._signs.heard()
         if self._rest:
             data = self._rest + data
@@ -104,7 +111,7 @@ class Connection(asyncio.Protocol):
                 outgoing.reset(stream, frames.NO_ERROR)
             self._refused.clear()
             for call in self._unfinished:
-                if not call.half_closed:
+                if not call.half_closed and call.stream in self.calls:  # or it has ended
                     call.watch()
             self._unfinished.clear()
         except Fault as fault:
@@ -126,8 +133,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._signs.stop()
-        if self._deaf:
-            self._deaf.cancel()
+        for timer in (self._deaf, self._lingering):
+            if timer:
+                timer.cancel()
         for call in [*self.calls.values()]:
             self._forget(call)
             call.leave()
@@ -327,7 +335,7 @@ class Connection(asyncio.Protocol):
     def _ended(self, call: Call) -> None:
         call.forgotten()
         if self._final and not self.calls:
-            self._hang_up()
+            self._hang_up(patiently=True)
 
     def go_away(self, why: bytes = b"") -> None:
         """Have the client make new calls elsewhere; the connection ends with the last of those that it has made."""
@@ -348,7 +356,7 @@ class Connection(asyncio.Protocol):
         self._final = True
         self._outgoing.write(frame(frames.GOAWAY, 0, 0, number(self._last) + number(frames.NO_ERROR)))
         if not self.calls:
-            self._hang_up()
+            self._hang_up(patiently=True)
 
     def abort(self, why: str) -> None:
         """End the connection, whatever runs; its calls with this text."""
@@ -357,19 +365,50 @@ class Connection(asyncio.Protocol):
         self._end(frames.NO_ERROR, b"")
         if self._transport.get_write_buffer_size():
             self._transport.abort()  # it takes nothing
+        else:
+            self._give_up_after(_FAREWELL_S, self._transport.abort)
 
     def _end(self, code: int, why: bytes) -> None:
         self._outgoing.write(frame(frames.GOAWAY, 0, 0, number(self._last) + number(code) + why[:_WHY]))
-        self._hang_up()
+        self._hang_up(patiently=False)
         for call in [*self.calls.values()]:
             self._forget(call)
             call.leave()
         self._final = True
         self._rest = b""
 
-    def _hang_up(self) -> None:
-        self._outgoing.flush()
-        self._transport.close()
+    def _hang_up(self, patiently: bool) -> None:
+        """Say nothing more, and close once the client has: it may still be taking what was said.
+
+        A socket that is closed while its client sends, as gRPC's do to acknowledge what they took, takes back what is
+        on its way. TLS waits by itself until the client has closed too.
+        """
+        self._outgoing.end_all()
+        if self._hung_up or self._transport.is_closing():
+            return
+        self._hung_up = True
+        if self._transport.get_extra_info("ssl_object") is not None:
+            self._transport.close()
+            return
+        self._transport.write_eof()
+        self._linger(patiently)
+
+    def _linger(self, patiently: bool) -> None:
+        """Close after a while; not before a client is silent that has broken no rule."""
+        self._heard = False
+
+        def look() -> None:
+            if patiently and (self._heard or self._transport.get_write_buffer_size()):
+                self._linger(patiently)
+            else:
+                self._transport.close()
+
+        self._give_up_after(LINGERS_S, look)
+
+    def _give_up_after(self, seconds: float, give_up: Callable[[], None]) -> None:
+        if self._lingering:
+            self._lingering.cancel()
+        self._lingering = asyncio.get_running_loop().call_later(seconds, give_up)
 
 
 def _peer(address: object) -> str:

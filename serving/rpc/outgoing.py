@@ -35,6 +35,9 @@ class Sending(Protocol):
     def sent(self) -> None:
         """The windows have let out all answers there were."""
 
+    def watch(self) -> None:
+        """They have not, and may never do so: the call has to end at its deadline."""
+
 
 class Outgoing:
     """Of one connection."""
@@ -64,6 +67,7 @@ class Outgoing:
         self._refusal = self._refusal_head = b""  # the last one
         self._size = 0  # of the last call's only answer
         self._before = self._prefix = b""  # what frames one of that size
+        self._ended = False  # nothing more may be said
         self._room = asyncio.Event()  # the socket takes more
         self._room.set()
 
@@ -88,8 +92,13 @@ class Outgoing:
         if out:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
-            if not self._transport.is_closing():
+            if not self._ended and not self._transport.is_closing():
                 self._write(data)
+
+    def end_all(self) -> None:
+        """Send what was gathered, and nothing after it."""
+        self.flush()
+        self._ended = True
 
     def _write(self, data: bytes) -> None:
         """Past the transport, where nothing waits in it: uvloop's keeps the interpreter's lock while the system writes.
@@ -196,6 +205,7 @@ class Outgoing:
             self.write(b"".join(out))
         if unsent:
             self._blocked[call.stream] = call
+            call.watch()
             return
         self._blocked.pop(call.stream, None)
         if call.last is not None:

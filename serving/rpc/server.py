@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from serving.rpc.call import Call, Handler
-from serving.rpc.connection import Connection
+from serving.rpc.connection import LINGERS_S, Connection
 from serving.rpc.headers import CallDetails, Head, Metadata, trailers_only
 from serving.rpc.inbox import Inbox
 from serving.rpc.options import Options
@@ -121,9 +121,11 @@ class Server:
         """Answer calls."""
         loop = self.inbox.loop = asyncio.get_running_loop()
         for bound, tls in self._sockets:
-            self._listening.append(
-                await loop.create_server(lambda: Connection(self), sock=bound, backlog=_BACKLOG, ssl=tls)
+            patience_s = LINGERS_S if tls else None
+            listening = await loop.create_server(
+                lambda: Connection(self), sock=bound, backlog=_BACKLOG, ssl=tls, ssl_shutdown_timeout=patience_s
             )
+            self._listening.append(listening)
         self._sockets.clear()
 
     async def stop(self, grace: float | None) -> None:
@@ -140,6 +142,8 @@ class Server:
                 await asyncio.wait_for(self._empty.wait(), grace or 0)
         for connection in [*self._connections]:
             connection.abort("the server has stopped")
+        if self._connections:
+            await self._empty.wait()  # which is soon: they have been given up
         if self._tasks:
             await asyncio.wait(self._tasks)
 
