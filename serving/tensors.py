@@ -94,7 +94,10 @@ class Layout:
     @classmethod
     def of(cls, arrays: Mapping[str, Array]) -> Layout:
         """That of arrays, which are then the buffers."""
-        return cls([(name, array.dtype, array.shape) for name, array in arrays.items()])
+        layout = cls([(name, array.dtype, array.shape) for name, array in arrays.items()])
+        texts = [array.ravel().tolist() for array in arrays.values() if array.dtype.hasobject]
+        layout.nbytes += sum(sum(map(len, each)) for each in texts)
+        return layout
 
     def arrays(self, buffers: Sequence[Buffer]) -> dict[str, Array]:
         """A request's inputs."""

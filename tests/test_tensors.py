@@ -290,6 +290,11 @@ def test_bytes_and_arrays_are_the_same_to_a_layout() -> None:
     assert {name: array.tolist() for name, array in joined.items()} == {"a": [[1, 2]] * 2, "b": [[3.0]] * 2}
 
 
+def test_texts_take_as_many_bytes_as_they_have() -> None:
+    texts = array_of([b"four", b"", b"x" * 1000], "BYTES")
+    assert Layout.of({"x": texts, "y": np.zeros(5, np.uint8)}).nbytes == texts.nbytes + 1004 + 5
+
+
 @pytest.mark.parametrize(
     "other",
     [{"x": np.zeros((1, 3), np.uint8)}, {"x": np.zeros((1, 2), np.int8)}, {"y": np.zeros((1, 2), np.uint8)}],
