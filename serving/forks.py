@@ -33,12 +33,14 @@ class Forked:
     def __init__(self, forks: Forks, pid: int, descriptor: int) -> None:
         self.pid = pid
         self._forks = forks
-        self._descriptor = descriptor  # of the process: it cannot be mistaken for another that has its number later
+        # Of the process: it cannot be mistaken for another that has its number later. -1: it has ended, and was closed.
+        self._descriptor = descriptor
 
     def send_signal(self, number: int) -> None:
         """Send a signal; one that has ended need not get it."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._descriptor, number)
+        if self._descriptor >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
 
     def kill(self) -> None:
         """End it at once."""
@@ -54,6 +56,7 @@ class Forked:
         finally:
             loop.remove_reader(self._descriptor)
         os.close(self._descriptor)
+        self._descriptor = -1
         return await self._forks.code(self.pid)
 
 

@@ -115,6 +115,17 @@ for process in (first, again):
     assert lines[1:] == ["[Errno 24] Too many open files"] * 3 + ["0", "0", "done"]
 
 
+def test_who_has_ended_need_not_get_a_signal():
+    lines = run("""
+process = await Process().begin(forks)
+process.end.close()
+print(await process.wait())
+process.forked.send_signal(signal.SIGHUP)
+process.forked.kill()
+""")
+    assert lines[1:] == ["0", "done"]
+
+
 def test_without_the_process_that_forks_those_it_forked_live_on():
     lines = run("""
 process = await Process().begin(forks)
