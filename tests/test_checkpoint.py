@@ -18,6 +18,13 @@ def test_what_is_saved_is_loaded(checkpoint, tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["net.pt"]
 
 
+@pytest.mark.parametrize("name", ["mymodel", ".hidden", "net.pt", "net.v2.pt"])
+def test_a_file_may_have_any_name(checkpoint, tmp_path, name):
+    save(checkpoint, tmp_path / name)
+    assert load(tmp_path / name).training == checkpoint.training
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_missing_file_says_how_to_make_it(tmp_path):
     with pytest.raises(CheckpointError, match="is missing: python -m trainer train"):
         load(tmp_path / "none.pt")

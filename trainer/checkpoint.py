@@ -99,7 +99,8 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     draft = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     content = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}
     try:
-        torch.save({"format": FORMAT, **content}, draft)
+        with draft.open("wb") as file:  # given the path, torch would name the archive by it, and not take every name
+            torch.save({"format": FORMAT, **content}, file)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
