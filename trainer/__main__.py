@@ -31,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ParityserveError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("trainer", "serving", "protos"):  # a fault of ours
+            raise
+        print(f"error: {error.name} is not installed: pip install 'parityserve[train]'", file=sys.stderr)  # noqa: T201
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -136,6 +141,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.tensorboard:
         from trainer import events, pictures  # now, so that what is not installed is told before the training
     files = runs.Files(options.checkpoint or Path("runs") / f"{config.dataset}.pt")
+    if files.result.is_dir():  # before the training, not after
+        raise ValueError(f"--checkpoint: {files.result} is a folder, want the file to write")
     if options.resume:
         config = sources.resolve(given_options, options.recipe, options.config, runs.saved_options(files))
     with processes.join(config.device) as together:
