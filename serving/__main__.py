@@ -92,7 +92,11 @@ def parser() -> argparse.ArgumentParser:
     conformance = commands.add_parser(
         "conformance", help="check any server against the Open Inference Protocol; 1 when it breaks a rule"
     )
-    conformance.add_argument("target", metavar="HOST:PORT", help="the server; others should not use it meanwhile")
+    conformance.add_argument(
+        "target",
+        metavar="HOST:PORT",
+        help="the server, which is asked in plain text and without a token; others should not use it meanwhile",
+    )
     conformance.add_argument("--model", default="", help="its name; the first that is ready when not given")
     conformance.add_argument("--json", type=Path, metavar="PATH", help="write the report there too")
     conformance.set_defaults(command=_conformance)

@@ -82,7 +82,7 @@ def test_what_is_not_listed_may_be_left_out():
     with serving(Bare()) as address:
         report = run(address, MODEL)
         with pytest.raises(
-            ValueError, match="--model: needed, for this server's index names no model that is READY: empty"
+            ValueError, match="--model: needed, for this server gives no index of its models: UNIMPLEMENTED"
         ):
             run(address)
     assert report.violations == []
@@ -175,7 +175,7 @@ def test_the_command_is_wrong():
     assert unknown.stderr == "error: --model cats: NOT_FOUND: Request for unknown model: 'cats' is not found\n"
     nobody = command("serving", "conformance", "127.0.0.1:1")
     assert (nobody.returncode, nobody.stdout) == (2, "")
-    assert nobody.stderr == "error: 127.0.0.1:1: no gRPC server answers there within 5 s\n"
+    assert nobody.stderr == "error: 127.0.0.1:1: no gRPC server answers in plain text there, within 5 s\n"
 
 
 def test_it_needs_neither_torch_nor_onnxruntime():

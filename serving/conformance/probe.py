@@ -41,6 +41,7 @@ class Probe:
         self._channel = channel
         self.server = self._server()
         self.extensions = frozenset(self.server.extensions)
+        self._no_index = ""  # or why there is none
         self._index = self._models()
         self.model = model or self._first_ready()
         self.metadata = self._metadata()
@@ -66,7 +67,8 @@ class Probe:
     def _models(self) -> pb.RepositoryIndexResponse:
         try:
             answer: pb.RepositoryIndexResponse = self.call("RepositoryIndex", pb.RepositoryIndexRequest())
-        except (Refused, Violation):
+        except (Refused, Violation) as error:
+            self._no_index = str(error)
             return pb.RepositoryIndexResponse()  # it need not have one
         return answer
 
@@ -74,6 +76,8 @@ class Probe:
         for entry in self._index.models:
             if entry.state == "READY":
                 return entry.name
+        if self._no_index:
+            raise ValueError(f"--model: needed, for this server gives no index of its models: {self._no_index}")
         states = {f"{entry.name} {entry.version}".strip(): entry.state for entry in self._index.models}
         raise ValueError(f"--model: needed, for this server's index names no model that is READY: {states or 'empty'}")
 

@@ -53,7 +53,7 @@ def run(target: str, model: str = "") -> Report:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_S)
         except grpc.FutureTimeoutError as error:
-            raise ValueError(f"{target}: no gRPC server answers there within {CONNECT_S:g} s") from error
+            raise ValueError(f"{target}: no gRPC server answers in plain text there, within {CONNECT_S:g} s") from error
         probe = Probe(channel, model)
         results = [_judge(check, probe) for check in CHECKS]
     return Report(
