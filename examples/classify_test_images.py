@@ -40,6 +40,8 @@ def server(repository: Path, model: str) -> Iterator[str]:
     try:
         for line in process.stderr:
             print(f"server: {line.rstrip()}")
+            if "NOT READY on" in line:
+                sys.exit("not every version may be served; the server says why above")
             if ready := re.search(r"READY on (\S+)$", line):
                 yield ready[1]
                 break
@@ -62,7 +64,10 @@ def main() -> None:
     given = options.parse_args()
 
     dataset = data.DATASETS[given.dataset]
-    test = data.load_test(dataset, given.data_dir)
+    try:
+        test = data.load_test(dataset, given.data_dir)
+    except data.DataError as error:
+        sys.exit(f"error: {error}")
     images, labels = test.images.numpy(), test.labels.numpy()
     with server(given.repository, given.dataset) as address, Client(address) as client:
         shown = np.sort(np.random.default_rng(0).choice(len(images), SHOWN, replace=False))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from serving.config import ServerConfig
 
+server = logging.getLogger("serving.server")
 requests = logging.getLogger("serving.requests")
 
 Fields = Mapping[str, Any]
@@ -105,6 +106,14 @@ class _Allowance:
 
 
 _refusals = _Allowance(REFUSED_PER_S)
+
+
+def started(address: str, ready: bool) -> None:
+    """Where the server is now, and whether all that should be served is."""
+    if ready:
+        server.info("READY on %s", address)
+    else:
+        server.warning("NOT READY on %s, see the errors above", address)
 
 
 def refused(code: str, details: str, about: Callable[[], Fields], count: int = 1) -> None:

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import classifier_pb2, open_inference
-from serving import rpc, transport
+from serving import logs, rpc, transport
 from serving.config import ServerConfig
 from serving.control import Control, Local, Member, Readiness, Stop
 from serving.errors import StartupError
@@ -333,7 +333,7 @@ async def _start(server: Server, config: ServerConfig, member: Member | None) ->
     if member:
         await member.started()
     else:
-        logger.info("%s on %s", "READY" if server.repository.ready() else "NOT READY, see the errors above", address)
+        logs.started(address, server.repository.ready())
 
 
 def _on_signals(server: Server, stop: Stop, is_worker: bool) -> None:

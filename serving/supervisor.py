@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from serving import logs
 from serving.channel import Channel, Gone, Handler
 from serving.config import ServerConfig
 from serving.control import Readiness, Report, Role, Stop
@@ -204,8 +205,8 @@ class Supervisor:
             logger.info("%s READY after %.2f s", worker, time.monotonic() - worker.started_s)
             if not complete and len(self._started) == self._count:
                 await self._show()
-                ready = "READY" if self._readiness().server else "NOT READY, see the errors above"
-                logger.info("%s on %s (%d workers)", ready, self._config.address, self._count)
+                address = f"{self._config.address} ({self._count} workers)"
+                logs.started(address, self._readiness().server)
 
         async def failed(error: ParityserveError) -> None:
             worker.error = error

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,8 +51,10 @@ def trainer_here(words: Sequence[object], capsys: pytest.CaptureFixture[str]) ->
 
 
 @contextlib.contextmanager
-def serving(*words: object, start: tuple[str, ...] = ("-m", "serving")) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process that is READY, and its address."""
+def serving(
+    *words: object, start: tuple[str, ...] = ("-m", "serving"), line: str = " READY on"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process that has logged the line, and the address in it."""
     process = subprocess.Popen(
         [sys.executable, *start, "serve", "--port", "0", *map(str, words)],
         cwd=ROOT,
@@ -60,9 +63,9 @@ def serving(*words: object, start: tuple[str, ...] = ("-m", "serving")) -> Itera
     )
     try:
         log = ""
-        for line in process.stderr:
-            log += line
-            if ready := re.search(r"READY on (\S+)", line):
+        for logged in process.stderr:
+            log += logged
+            if ready := re.search(rf"{line} (\S+)", logged):
                 yield process, ready[1]
                 break
         else:
@@ -160,6 +163,14 @@ def test_serve_refuses_a_model_whose_answers_changed(tampered):
     assert "Traceback" not in done.stderr
 
 
+def test_a_server_that_serves_not_all_it_should_says_so_and_serves_the_rest(tampered):
+    shutil.copytree(tampered / MODEL / "1", tampered / MODEL / "2")  # which says that it is version 1
+    with serving("--repository", tampered, "--version-policy", "all", line="NOT READY on") as (_, address):
+        done = command("serving", "models", "--server", address.rstrip(","))
+    assert re.search(rf"{MODEL} +│ 1 +│ READY", done.stdout)
+    assert "UNAVAILABLE" in done.stdout
+
+
 def test_serve_refuses_a_port_in_use(repository):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -235,6 +246,15 @@ def test_the_trainers_doctor_says_what_runs_and_what_auto_takes(tmp_path):
     assert missing in done.stdout
 
 
+@pytest.mark.parametrize("words", [["data"], ["train"], ["summary"], ["export", "--checkpoint", "none.pt"]])
+def test_a_command_without_torch_says_how_to_get_it(tmp_path, words):
+    script = tmp_path / "no_torch.py"
+    script.write_text(NO_TORCH.replace("serving.__main__", "trainer.__main__"))
+    environ = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environ, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: torch is not installed: pip install 'parityserve[train]'\n")
+
+
 def test_the_doctor_without_torch_says_how_to_get_it(tmp_path):
     script = tmp_path / "no_torch.py"
     script.write_text(NO_TORCH.replace("serving.__main__", "trainer.__main__"))
@@ -255,6 +275,7 @@ def test_the_doctor_without_torch_says_how_to_get_it(tmp_path):
         (["train", "--epochs", "0"], 2, "--epochs: Input should be greater than or equal to 1, got '0'"),
         (["train", "--dataset", "cifar"], 2, "invalid choice: 'cifar'"),
         (["train", "--recipe", "slow"], 2, "invalid choice: 'slow'"),
+        (["train", "--checkpoint", "docs"], 2, "--checkpoint: docs is a folder, want the file to write"),
         (["train", "--config", "none.toml"], 2, "No such file or directory: 'none.toml'"),
         (["train", "--recipe", "fast", "--flip"], 2, "--flip is for --dataset fashion-mnist, which is mnist here"),
         (["train", "--learning-rate", "fast"], 2, "--learning-rate: Input should be a valid number"),
