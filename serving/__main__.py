@@ -15,7 +15,7 @@ from pathlib import Path
 from serving import logs, sources, version_labels
 from serving.config import DEFAULT_TARGET, ServerConfig
 from serving.credentials import add_credentials
-from serving.errors import ParityserveError
+from serving.errors import ParityserveError, in_words
 from serving.images import Polarity
 from serving.machine import worker_count
 from serving.options import add_options, given
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {in_words(error)}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
         return 130

@@ -234,9 +234,11 @@ def _models(response: pb.ListModelsResponse) -> list[ModelInfo]:
 
 def _error(target: str, error: grpc.RpcError) -> ParityserveError:
     ours = from_status(error.code(), error.details() or "")
-    if isinstance(ours, Unavailable):
-        return Unavailable(f"{target}: {ours}")
-    return ours
+    if not isinstance(ours, Unavailable):
+        return ours
+    if "failed to connect" in str(ours):  # gRPC's words
+        return Unavailable(f"{target}: no server answers there; start one with python -m serving serve ({ours})")
+    return Unavailable(f"{target}: {ours}")
 
 
 def open_channel(target: str, credentials: Credentials) -> grpc.Channel:

@@ -86,8 +86,15 @@ class StartupError(ParityserveError):
 def cannot_listen(address: str) -> StartupError:
     """What to raise when `address`, host:port, cannot be listened on."""
     return StartupError(
-        f"cannot listen on {address}: in use, or not this machine's address; choose another with --port"
+        f"cannot listen on {address}: in use, or not this machine's address; choose another with --port or --host"
     )
+
+
+def in_words(error: Exception) -> str:
+    """An error's text; of one with a file, which file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 STATUS: dict[type[RequestError], grpc.StatusCode] = {

@@ -587,9 +587,9 @@ def test_no_trial_that_was_trained_to_the_end(search, tmp_path, make):
     [
         (["--trials", "0"], 1, "error: runs/search-fashion-mnist.db is missing: there is nothing to report"),
         (["--space", "wide"], 2, "error: --space: got 'wide', want one of default, or the path of a .toml file"),
-        (["--space", "none.toml"], 2, "No such file or directory: 'none.toml'"),
+        (["--space", "none.toml"], 2, "error: none.toml: No such file or directory"),
         (["--dropout", "0.1"], 2, "error: --dropout cannot be fixed: space.toml varies it; leave it out here, or in"),
-        (["--recipe", "fast", "--config", "no.toml"], 2, "No such file or directory: 'no.toml'"),
+        (["--recipe", "fast", "--config", "no.toml"], 2, "error: no.toml: No such file or directory"),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(search, tmp_path, words, code, problem):

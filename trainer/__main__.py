@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.logging import RichHandler
 
-from serving.errors import ParityserveError
+from serving.errors import ParityserveError, in_words
 from serving.options import add_options, given, parse
 from trainer import sources
 from trainer.commands import ablate, diff, export, parity, search
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error.name} is not installed: pip install 'parityserve[train]'", file=sys.stderr)  # noqa: T201
         return 1
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {in_words(error)}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt as interrupt:
         (kept,) = interrupt.args or (None,)
