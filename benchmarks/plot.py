@@ -72,7 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("figures", type=Path, metavar="FIGURES.JSON")
     parser.add_argument("picture", type=Path, metavar="PICTURE.PNG")
     options = parser.parse_args(arguments)
-    draw(json.loads(options.figures.read_text(encoding="utf-8")), options.picture)
+    try:
+        draw(json.loads(options.figures.read_text(encoding="utf-8")), options.picture)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

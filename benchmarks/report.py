@@ -187,13 +187,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("figures", type=Path, metavar="FIGURES.JSON")
     parser.add_argument("--write", type=Path, metavar="PATH", help=f"between {BEGIN} and {END} in this file")
     options = parser.parse_args(arguments)
-    text = markdown(json.loads(options.figures.read_text(encoding="utf-8")))
-    if options.write is None:
-        print(text)
-        return 0
     try:
-        write_between_markers(options.write, text)
-    except ValueError as error:
+        text = markdown(json.loads(options.figures.read_text(encoding="utf-8")))
+        if options.write is None:
+            print(text)
+        else:
+            write_between_markers(options.write, text)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

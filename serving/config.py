@@ -17,7 +17,7 @@ DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 MAX_MESSAGE_BYTES = 64 << 20
 
 BackendName = Literal["onnx", "torchscript", "pt2", "aoti"]
-DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+DeviceSpec = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", examples=["auto", "cpu", "cuda", "cuda:0"])]
 
 
 def _policy(text: str) -> str:
@@ -28,7 +28,7 @@ def _policy(text: str) -> str:
 class ServerConfig(BaseModel):
     """What `python -m serving serve` can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     repository: Path = Field(Path("exported"), description="folder with <model>/<version>/ bundles")
     models: tuple[str, ...] = Field((), description="serve this model only; repeat for several; all when not given")
@@ -154,6 +154,7 @@ class ServerConfig(BaseModel):
     trace_endpoint: str | None = Field(
         None,
         pattern="^https?://.+",
+        examples=["http://HOST:PORT", "https://HOST:PORT"],
         description="collector for OpenTelemetry traces by OTLP over gRPC, as http://localhost:4317; none if not given",
     )
     drain_delay_s: float = Field(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from serving.options import flag, kind_of
 
@@ -52,8 +54,14 @@ def _accepted(model: type[BaseModel], name: str) -> str:
     if get_origin(kind) is tuple:
         return "list of text" if str in get_args(kind) else "list of integers"
     if get_origin(kind) in (types.UnionType, Union):
-        return "`auto` or integer"
+        words, number = get_args(kind)
+        return f"`{get_args(words)[0]}` or integer{_bounds(get_args(number)[1:])}"
     words = {bool: "boolean", int: "integer", float: "number", Path: "path"}.get(kind, "text")
-    for bound in model.model_fields[name].metadata:
-        words += "".join(f" {sign} {getattr(bound, word)}" for word, sign in _SIGNS.items() if hasattr(bound, word))
-    return words
+    return words + _bounds(model.model_fields[name].metadata)
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    """Such as ` ≥ 1`, of each of a field's limits."""
+    limits = [limit for entry in metadata for limit in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+    found = [(sign, getattr(limit, word, None)) for limit in limits for word, sign in _SIGNS.items()]
+    return "".join(f" {sign} {number}" for sign, number in found if number is not None)

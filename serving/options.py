@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -85,17 +86,31 @@ def build(model: type[Model], values: Mapping[str, Any], names: Mapping[str, str
     try:
         return model(**values)
     except ValidationError as error:
-        lines = []
+        lines: list[str] = []
+        wrong: dict[str, tuple[list[str], Any]] = {}  # what is accepted in the place of what was got
         for problem in error.errors():
             if problem["type"] == "default_factory_not_called":
                 continue  # only says that another field is wrong
             if problem["loc"]:
                 name = str(problem["loc"][0])
-                text = problem["msg"].removeprefix("Value error, ")
-                lines.append(f"{names.get(name, name)}: {text}, got {problem['input']!r}")
+                wrong.setdefault(name, ([], problem["input"]))[0].append(_in_words(model, name, problem))
             else:  # of the fields together: the text names them
                 lines.append(problem["msg"].removeprefix("Value error, "))
-        raise ValueError("; ".join(lines)) from error
+        named = [f"{names.get(name, name)}: {' or '.join(texts)}, got {got!r}" for name, (texts, got) in wrong.items()]
+        raise ValueError("; ".join(named + lines)) from error
+
+
+def _in_words(model: type[BaseModel], name: str, problem: ErrorDetails) -> str:
+    """What is wrong with a value, where pydantic's own text speaks to who wrote the model."""
+    match problem["type"]:
+        case "string_pattern_mismatch":
+            *others, last = model.model_fields[name].examples or ["something else"]
+            return f"Input should be {', '.join(map(str, others))}{' or ' * bool(others)}{last}"
+        case "tuple_type":
+            return "Input should be a list"
+        case "path_type":
+            return "Input should be a path"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def read_toml(model: type[BaseModel], file: Path) -> dict[str, Any]:

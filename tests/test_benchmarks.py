@@ -206,6 +206,12 @@ def test_what_a_host_kept_is_a_share_of_all_cores(monkeypatch):
     assert stolen.share() == 0.25
 
 
+@pytest.mark.parametrize(("tool", "more"), [(report, []), (plot, ["figures.png"])])
+def test_figures_that_are_not_there_are_told(tool, more, tmp_path, capsys):
+    assert tool.main([str(tmp_path / "none.json"), *more]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+
+
 def overloaded(**changes):
     fields = {
         "requests_per_s": 100.0,

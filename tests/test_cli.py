@@ -123,7 +123,9 @@ def test_doctor_says_what_runs_and_why_not():
     ("words", "problem"),
     [
         (["--port", "70000"], "--port: Input should be less than or equal to 65535, got '70000'"),
-        (["--device", "gpu"], "--device: String should match pattern"),
+        (["--device", "gpu"], "--device: Input should be auto, cpu, cuda or cuda:0, got 'gpu'"),
+        (["--workers", "all"], "--workers: Input should be 'auto' or Input should be a valid integer"),
+        (["--drain-s", "inf"], "--drain-s: Input should be a finite number, got 'inf'"),
         (["--backend", "tensorflow"], "invalid choice: 'tensorflow'"),
         (["--max-batch-size", "many"], "--max-batch-size: Input should be a valid integer"),
         (["--metrics-port", "-1"], "--metrics-port: Input should be greater than or equal to 0, got '-1'"),
@@ -281,7 +283,11 @@ def test_the_doctor_without_torch_says_how_to_get_it(tmp_path):
         (["train", "--learning-rate", "fast"], 2, "--learning-rate: Input should be a valid number"),
         (["export", "--checkpoint", "none.pt"], 1, "none.pt is missing: python -m trainer train --checkpoint none.pt"),
         (["parity", "--bundle", "nowhere"], 1, "nowhere: neither a version nor a model with versions"),
-        (["parity", "--bundle", "nowhere", "--device", "mps"], 2, "--device: String should match pattern"),
+        (
+            ["parity", "--bundle", "nowhere", "--device", "mps"],
+            2,
+            "--device: Input should be auto, cpu, cuda or cuda:0, got 'mps'",
+        ),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(words, code, problem, capsys):

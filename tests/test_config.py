@@ -111,8 +111,9 @@ def test_the_file_may_be_named_by_a_variable(file):
         ("[server]\nport = 1", r"server\.toml: no such setting: server"),
         ("zzz = 1", r"no such setting: zzz; --help"),
         ("port = ", r"server\.toml: not TOML: Invalid value \(at "),
-        ('device = "tpu"', r"server\.toml: device: String should match pattern '.*', got 'tpu'"),
-        ('models = "mnist"', r"server\.toml: models: Input should be a valid tuple, got 'mnist'"),
+        ('device = "tpu"', r"server\.toml: device: Input should be auto, cpu, cuda or cuda:0, got 'tpu'"),
+        ('models = "mnist"', r"server\.toml: models: Input should be a list, got 'mnist'"),
+        ("repository = 5", r"server\.toml: repository: Input should be a path, got 5"),
         ("threads = 0\nmax_queue = 0", r"server\.toml: threads: .*, got 0; .*server\.toml: max_queue: .*, got 0"),
     ],
 )

@@ -13,7 +13,9 @@ CLASSES = 10
 HEIGHT = WIDTH = 28
 
 DatasetName = Literal["mnist", "fashion-mnist"]
-TrainDevice = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+TrainDevice = Annotated[
+    str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", examples=["auto", "cpu", "mps", "cuda", "cuda:0"])
+]
 
 # The networks that have a name. Any option changes them.
 PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -76,7 +78,7 @@ def _by(chooser: str, values: dict[str, Any]) -> Callable[[dict[str, Any]], Any]
 class NetworkConfig(BaseModel):
     """The form of a network: blocks of convolutions, each ended by pooling, then linear layers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     network: Literal["cnn", "convnet", "mlp"] = Field(
         "cnn", description="the form to start from, which the options down to --dropout change"
