@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     console.print(line(offered, result))
     for status, text in result.messages.items():
-        console.print(f"  {status}: {text}")
+        console.print(f"  {status}: {text}", markup=False)
     console.print(f"the host kept {stolen_at_peak:.0%} of the CPU time at the peak, {stolen_since:.0%} since")
     us_per_image = [later.since(earlier).us_per_image for earlier, later in pairwise(work)]
     console.print(_speeds(us_per_image, [rate * options.images for rate in (peak, result.requests_per_s, after)]))

@@ -71,7 +71,7 @@ class Round:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table and write JSON; 1 when an answer was not right or a server could not be measured."""
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
     try:
         bundle = open_bundle(newest(options.repository / options.model))
         onnx = bundle.path / bundle.manifest.file_for("onnx")
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(table)
     wrong = {status: text for row in report["rows"] for status, text in row["messages"].items()}
     for status, text in wrong.items():
-        console.print(f"[red]{status}: {text}")
+        console.print(f"{status}: {text}", style="red")
     return 1 if wrong else 0
 
 

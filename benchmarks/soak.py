@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_row(what, f"{count:,}")
     console.print(table)
     for problem, count in mix.problems.items():
-        console.print(f"[red]{count:,} times: {problem}")
+        console.print(f"{count:,} times: {problem}", style="red", markup=False)
     console.print(
         f"memory {sampler.samples[0].rss_mb:.0f} MB at first, {settled[0].rss_mb:.0f} MB after "
         f"{settled[0].at_s:.0f} s, {settled[-1].rss_mb:.0f} MB at the end"

@@ -34,7 +34,7 @@ def predict(options: argparse.Namespace) -> int:
             rest = ", ".join(f"{score.label} {score.probability:.2%}" for score in best.top_k[1:])
             table.add_row(file, best.label, f"{best.probability:.2%}", rest)
     if answered:
-        console = Console()
+        console = _console()
         console.print(table)
         console.print(
             f"{answered.model} version {answered.version}, {answered.backend}, {answered.provider} on {answered.device}"
@@ -51,14 +51,12 @@ def models(options: argparse.Namespace) -> int:
         table.add_column(column, overflow="fold")
     for model in listed:
         table.add_row(*_row(model))
-    console = Console(highlight=False)
+    console = _console(highlight=False)
     console.print(table)
     if options.verbose:
         for model in listed:
             settings = "".join(f"\n  {name} = {value}" for name, value in sorted(model.settings.items()))
-            console.print(
-                f"{model.name} version {model.version}:{settings or ' not served'}", markup=False, soft_wrap=True
-            )
+            console.print(f"{model.name} version {model.version}:{settings or ' not served'}", soft_wrap=True)
     return 0
 
 
@@ -76,6 +74,11 @@ def _row(model: ModelInfo) -> tuple[str, ...]:
         f"{model.golden_max_abs:.1e}" if model.verified else "unverified",
         model.reason,
     )
+
+
+def _console(*, highlight: bool = True) -> Console:
+    """One that prints text as it is: names of files and reasons may have square brackets, and colons."""
+    return Console(markup=False, emoji=False, highlight=highlight)
 
 
 def _client(options: argparse.Namespace) -> Client:

@@ -23,7 +23,7 @@ def doctor(console: Console) -> bool:
     print_versions(console, PACKAGES)
     print_machine(console)
     devices = cuda.device_names()
-    console.print(f"CUDA devices: {', '.join(devices) if devices else cuda.device_problem(0)}")
+    console.print(f"CUDA devices: {escape(', '.join(devices) or str(cuda.device_problem(0)))}")
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         console.print("onnxruntime and onnxruntime-gpu overwrite each other's files: uninstall both, install one")
     problems = _providers()

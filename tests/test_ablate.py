@@ -460,7 +460,9 @@ def test_without_matplotlib_there_is_a_table_and_a_word(study, capsys, monkeypat
     monkeypatch.delattr(trainer, "pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     command._draw(study, rows, tmp_path / "w.png", 1)
-    assert "no plot was drawn: pictures need matplotlib" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no plot was drawn: pictures need matplotlib" in told
+    assert told.endswith(": pip install 'parityserve[plots]'\n")
     assert not (tmp_path / "w.png").exists()
 
 

@@ -24,6 +24,7 @@ from test_images import photograph
 from test_parity import change_weight
 
 import trainer.__main__
+from serving.__main__ import main as serving_here
 from serving.client import Client
 from trainer import checkpoint as checkpoints
 
@@ -84,6 +85,16 @@ def test_predict_pictures_of_every_kind(served, sample, tmp_path):
     assert re.search(r"boot\.png\s*│\s*\S.*│\s*\d+\.\d\d%", done.stdout)
     assert "photo.jpg" in done.stdout
     assert f"{MODEL} version 1, onnx, CPUExecutionProvider on cpu" in done.stdout
+
+
+def test_predict_lists_files_by_their_whole_names(served, sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["[red]seven.png", ":dog:.png"]  # which rich would take for a colour, and for a picture
+    for name in names:
+        Image.fromarray(sample[1].images[0, 0].numpy()).save(name)
+    assert serving_here(["predict", "--server", served, *names]) == 0
+    told = capsys.readouterr().out
+    assert all(f"│ {name} " in told for name in names)
 
 
 def test_predict_names_a_bad_file_and_answers_the_others(served, sample, tmp_path):

@@ -465,6 +465,7 @@ def test_an_export_without_matplotlib_is_complete_and_says_what_it_lacks(bundle)
     done = command(bundle.path, code=code, without="matplotlib")
     assert done.returncode == 0, done.stderr
     assert "no pictures were drawn: pictures need matplotlib" in done.stdout
+    assert done.stdout.endswith(": pip install 'parityserve[plots]'\n")
 
 
 def test_the_documents_commands_are_accepted_and_its_pictures_are_there():

@@ -622,4 +622,5 @@ def test_a_search_is_complete_without_pictures(search, tmp_path, monkeypatch):
     assert code == 0
     assert "the best of 1 trial " in out
     assert "no pictures were drawn: pictures need matplotlib" in out
+    assert ": pip install 'parityserve[plots]'\n" in out
     assert (tmp_path / "runs" / f"search-{MODEL}.toml").exists()

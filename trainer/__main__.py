@@ -200,9 +200,11 @@ def _plots(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from trainer.doctor import doctor
 
-    return 0 if doctor(console, options.data_dir) else 1
+    return 0 if doctor(Console(), options.data_dir) else 1
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import onnx
 import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -110,7 +111,7 @@ def table(file: str, found: Sequence[Layer]) -> Table:
         shown.add_row(
             layer.name,
             layer.kind,
-            layer.node,
+            escape(layer.node),
             " × ".join(map(str, layer.shape)),
             f"{layer.comparison.max_abs:.1e}",
             "[green]pass[/green]" if layer.comparison.passed else "[red]FAIL[/red]",

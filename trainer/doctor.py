@@ -107,7 +107,9 @@ def _print_gpus(console: Console) -> None:
 
     if cuda.device_problem(0) or not torch.cuda.is_available():
         seen = cuda.device_names()
-        console.print("GPUs: none that torch can use" + (f", though the driver has {', '.join(seen)}" if seen else ""))
+        console.print(
+            "GPUs: none that torch can use" + (f", though the driver has {escape(', '.join(seen))}" if seen else "")
+        )
         return
     console.print(f"GPUs: the driver is for CUDA up to {cuda.driver_version()}")
     for index in range(torch.cuda.device_count()):
@@ -124,7 +126,7 @@ def _print_data(console: Console, data_dir: Path | None) -> None:
     from trainer import data
 
     folder = data_dir or data.default_data_dir()
-    console.print(f"\ndata sets in {folder}:", style="bold", soft_wrap=True)
+    console.print(f"\ndata sets in {escape(str(folder))}:", style="bold", soft_wrap=True)
     for dataset in data.DATASETS.values():
         try:
             train, test = data.load(dataset, folder)

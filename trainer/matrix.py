@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
+from rich.markup import escape
 from rich.table import Table
 
 from serving.bundle import GOLDEN, MANIFEST
@@ -114,7 +115,7 @@ def table(report: Report) -> Table:
         shown.add_row(
             row.file,
             row.precision,
-            row.where,
+            escape(row.where),
             str(row.batch_size),
             *(f"{value:.1e}" if np.isfinite(value) else "" for value in (found.max_abs, found.mean_abs)),
             f"{found.top1_agreement:.2%}" if found.n else "",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a bar alone needs no torch
 def progress_bar(console: Console) -> Progress:
     """What is going on, how far it is and how long it will take; nothing where no one looks on."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeRemainingColumn(),

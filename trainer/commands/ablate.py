@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from serving.errors import ParityserveError
 from serving.options import add_options, given
@@ -110,11 +111,10 @@ def _list_studies() -> None:
     console.print(table)
 
 
-def _heading(study: Study) -> str:
+def _heading(study: Study) -> Text:
     base = studies.as_options(study.base)
-    return f"[bold]{study.name}[/bold], {study.dataset}: {study.question}" + (
-        f" All with {escape(base)}." if base else ""
-    )
+    text = f", {study.dataset}: {study.question}" + (f" All with {base}." if base else "")
+    return Text.assemble((study.name, "bold"), text)
 
 
 def _variants(study: Study) -> Table:
@@ -132,7 +132,7 @@ def _progress(file: Path, trainings: int) -> Iterator[Watcher]:
     """A bar for the training at hand, and a line for each that is finished."""
     from trainer.ablate import Watcher
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     finished = 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("getting ready", total=None)
@@ -142,13 +142,13 @@ def _progress(file: Path, trainings: int) -> Iterator[Watcher]:
             if done and not finished:
                 console.print(f"{done} of {trainings} trainings are in {file} already", soft_wrap=True)
             finished = done
-            bar.reset(task, total=images, description=f"{done + 1} of {trainings}: {escape(variant)}, seed {seed}")
+            bar.reset(task, total=images, description=f"{done + 1} of {trainings}: {variant}, seed {seed}")
 
         def on_result(result: Result) -> None:
             nonlocal finished
             finished += 1
             bar.console.print(
-                f"{finished} of {trainings}: {escape(result.variant)}, seed {result.seed}: "
+                f"{finished} of {trainings}: {result.variant}, seed {result.seed}: "
                 f"validation accuracy {result.validation_accuracy:.2%}, {result.seconds:.1f} s",
                 soft_wrap=True,
             )

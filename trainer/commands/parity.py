@@ -101,7 +101,7 @@ def _parity(options: argparse.Namespace) -> int:
         console.print(f"picture: {options.picture}", soft_wrap=True)
     for row, text in matrix.failures(report, dataset.labels):
         title = f"FAILED {row.file}, {row.where}, batch {row.batch_size}"
-        console.print(f"{title}: {text}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{title}: {text}", style="red", soft_wrap=True)
     if options.bisect:
         images = np.concatenate([test.images.numpy(), parity.extremes()])
         worst = {row.worst.index for row in report.rows if row.worst and row.backend == "onnx"}

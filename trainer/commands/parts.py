@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = [0, 1, 2]  # test images whose feature maps are drawn unless told otherwise
 
-console = Console()
+console = Console(markup=False, emoji=False)  # paths and errors may have square brackets, and colons
 
 
 def add_data_dir(command: argparse.ArgumentParser) -> None:
@@ -46,8 +46,10 @@ def add_sources(command: argparse.ArgumentParser) -> None:
 
 def print_whole(table: Table) -> None:
     """Print a table at its full width: a narrow terminal breaks its lines, and loses nothing."""
-    whole = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(whole, console.width)).print(table)
+    wide = Console(width=1000, emoji=False)
+    whole = Measurement.get(wide, wide.options, table).maximum
+    wide.width = max(whole, console.width)
+    wide.print(table)
 
 
 def obtain(dataset_name: str, data_dir: Path | None, *, test_only: bool = False) -> Path:
@@ -59,7 +61,11 @@ def obtain(dataset_name: str, data_dir: Path | None, *, test_only: bool = False)
     if test_only:
         dataset = dataset.test_only()
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), console=console, transient=True, disable=not console.is_terminal
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(f"looking for {dataset_name}", total=None)
 
