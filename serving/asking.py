@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from serving.client import Client, ModelInfo, PredictResult
 from serving.credentials import given_credentials
 from serving.errors import InvalidArgument
 from serving.images import Polarity
+
+_COLUMNS = ("model", "version", "state", "file", "runs on", "accuracy", "golden |Δ|")
+_BROKEN = ("file", "runs on")  # into lines, where they have to be
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -46,24 +52,45 @@ def models(options: argparse.Namespace) -> int:
     """List what the server has; gives the exit code."""
     with _client(options) as client:
         listed = client.list_models()
-    table = Table()
-    for column in ("model", "version", "state", "file", "runs on", "accuracy", "golden |Δ|", "reason"):
-        table.add_column(column, overflow="fold")
-    for model in listed:
-        table.add_row(*_row(model))
     console = _console(highlight=False)
+    table = _table([_row(model) for model in listed], console.width)
+    # A narrower terminal breaks the lines, and loses nothing.
+    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=1000), table).minimum)
     console.print(table)
+    for model in listed:
+        if model.reason:
+            console.print(f"{_title(model)}: {model.reason}", soft_wrap=True)
     if options.verbose:
         for model in listed:
             settings = "".join(f"\n  {name} = {value}" for name, value in sorted(model.settings.items()))
-            console.print(f"{model.name} version {model.version}:{settings or ' not served'}", soft_wrap=True)
+            console.print(f"{_title(model)}:{settings or ' not served'}", soft_wrap=True)
     return 0
+
+
+def _title(model: ModelInfo) -> str:
+    return f"{model.name} version {model.version}" if model.version else model.name
+
+
+def _table(rows: Sequence[tuple[str, ...]], width: int) -> Table:
+    """No wider than `width` where the words allow it, and no word is broken."""
+    columns = list(zip(_COLUMNS, *rows, strict=True))
+    unbroken = [" ".join(cells).split() if cells[0] in _BROKEN else cells for cells in columns]
+    least = [max(map(cell_len, parts)) for parts in unbroken]
+    room = width - sum(least) - 3 * len(columns) - 1  # the lines between columns, and a space on both sides
+    table = Table()
+    for cells, whole in zip(columns, least, strict=True):
+        more = max(0, min(room, max(map(cell_len, cells)) - whole))
+        room -= more
+        table.add_column(cells[0], width=whole + more, no_wrap=cells[0] not in _BROKEN)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _row(model: ModelInfo) -> tuple[str, ...]:
     version = f"{model.version} {', '.join(model.version_labels)}".strip()
     if model.state != "READY":
-        return (model.name, version, model.state, "", "", "", "", model.reason)
+        return (model.name, version, model.state, "", "", "", "")
     return (
         model.name,
         version,
@@ -72,7 +99,6 @@ def _row(model: ModelInfo) -> tuple[str, ...]:
         f"{model.backend}, {model.provider.removesuffix('ExecutionProvider')} on {model.device}",
         f"{model.test_accuracy:.2%}" if model.verified else "",
         f"{model.golden_max_abs:.1e}" if model.verified else "unverified",
-        model.reason,
     )
 
 

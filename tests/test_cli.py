@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, running
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_images import photograph
 from test_parity import change_weight
 
 import trainer.__main__
+from protos import classifier_pb2 as pb
 from serving.__main__ import main as serving_here
-from serving.client import Client
+from serving.client import Client, _models
 from trainer import checkpoint as checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +121,31 @@ def test_models(served):
     done = command("serving", "models", "--server", served)
     assert done.returncode == 0
     assert re.search(rf"{MODEL}.*1.*READY.*CPU on cpu", done.stdout)
+
+
+def test_models_at_80_columns_has_whole_words_and_the_reasons_below(tampered, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "model.onnx_of-somebody-else"
+    shutil.copytree(tampered / MODEL, tampered / name)  # whose manifest describes another model
+    with running(tampered) as server:
+        assert serving_here(["models", "--server", server.address]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert re.match(rf"│ {MODEL} +│ 1 +│ READY +│ model\.onnx, +│ onnx, ", next(line for line in told if MODEL in line))
+    assert any(re.match(rf"│ {re.escape(name)} │ 1 +│ UNAVAILABLE │", line) for line in told)
+    assert told[-1].startswith(f"{name} version 1: ")
+    assert told[-1].endswith(f"describes {MODEL} version 1, but lies in {name}/1")
+    assert sum("│" in line for line in told) == 5  # of which the first version has four
+
+
+def test_models_shows_a_reason_with_its_square_brackets(monkeypatch, capsys):
+    reason = "image: got shape [1,28,28], want [batch,1,28,28] :on: cpu"
+    model = _models(pb.ListModelsResponse(models=[pb.Model(name="m" * 100, state="STATE_UNAVAILABLE", reason=reason)]))
+    monkeypatch.setattr(Client, "list_models", lambda _: model)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert serving_here(["models"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"│ {'m' * 100} │         │ UNAVAILABLE │ ") for line in told)
+    assert told[-1] == f"{'m' * 100}: {reason}"
 
 
 def test_doctor_says_what_runs_and_why_not():
