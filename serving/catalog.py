@@ -125,8 +125,9 @@ class Catalog:
         label = version or STABLE
         number = str(labels[label]) if label in labels else version_number(version, labels)
         if model is None:
-            names = ", ".join(sorted(self._models.copy()))
-            raise NotFound(f"Request for unknown model: '{name}' is not found; this server has: {names}")
+            names = sorted(name for name, model in self._models.copy().items() if not model.unloaded)
+            loaded = f"this server has: {', '.join(names)}" if names else "no model is loaded"
+            raise NotFound(f"Request for unknown model: '{name}' is not found; {loaded}")
         if model.unloaded:
             raise NotFound(f"Request for unknown model: '{name}' has no available versions")
         meant = f", which the label {label} means," if label in labels else ""

@@ -384,4 +384,5 @@ class Repository(Catalog):
         )
         if len(names) == 1:
             return names[0]
-        raise InvalidArgument(f"model: got none, want one of: {', '.join(names)}")
+        have = f"want one of: {', '.join(names)}" if names else "and no model is loaded"
+        raise InvalidArgument(f"model: got none, {have}")

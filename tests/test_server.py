@@ -24,7 +24,7 @@ from protos import open_inference as pb_oip
 from serving.bundle import open_bundle
 from serving.client import Client
 from serving.config import ServerConfig
-from serving.errors import BundleError, InvalidArgument, QueueFull, StartupError, Unavailable
+from serving.errors import BundleError, InvalidArgument, NotFound, QueueFull, StartupError, Unavailable
 from serving.server import Server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -514,6 +514,19 @@ def test_one_damaged_model_leaves_the_others_served(tampered, images):
             client.predict(images[:2])
     with running(tampered, models=("good",)) as server:
         assert health(server.address) == SERVING
+
+
+def test_without_a_model_the_server_says_that_none_is_loaded(repository, images):
+    unknown = f"Request for unknown model: '{MODEL}' is not found; no model is loaded"
+    with running(repository, model_control="explicit") as server, Client(server.address) as client:
+        with pytest.raises(NotFound, match=f"^{unknown}$"):
+            client.predict(images[:2], model=MODEL)
+        with pytest.raises(InvalidArgument, match=r"^model: got none, and no model is loaded$"):
+            client.predict(images[:2])
+        server.server.repository.load(MODEL)
+        server.server.repository.unload(MODEL)
+        with pytest.raises(NotFound, match=r"'cats' is not found; no model is loaded$"):
+            client.predict(images[:2], model="cats")
 
 
 def test_while_models_load_the_server_is_live_and_not_ready(repository):
