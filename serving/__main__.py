@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, WebP, GIF or BMP, of any size")
     predict.add_argument("--model", default="", help="its name; needed when the server has several")
     predict.add_argument("--version", default="", help="a number or a label; stable when not given, or the newest")
-    predict.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to list (default: 3)")
+    predict.add_argument("--top-k", type=_count, default=3, metavar="N", help="classes to list (default: 3)")
     predict.add_argument(
         "--polarity",
         choices=[polarity.name.lower().replace("_", "-") for polarity in Polarity],
@@ -104,6 +104,12 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can serve with, and why not with the rest")
     doctor.set_defaults(command=_doctor)
     return top
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number from 1 up")
+    return int(text)
 
 
 def _add_repository(command: argparse.ArgumentParser) -> None:

@@ -125,7 +125,7 @@ class ModelInfo:
 def predict_request(
     images: ImageLike | Sequence[ImageLike],
     model: str = "",
-    version: str = "",
+    version: str | int = "",
     top_k: int = 1,
     polarity: Polarity = Polarity.AUTO,
 ) -> pb.PredictRequest:
@@ -135,15 +135,17 @@ def predict_request(
         images: uint8 arrays [28,28], [1,28,28] or a whole batch [N,28,28] or [N,1,28,28]; or pictures. Arrays and
             pictures do not mix in one request.
         model: its name; may be empty when the server has one.
-        version: a number or a label; `stable`, or where there is no such label the newest, when empty.
-        top_k: how many classes to list for each image.
+        version: a number, as text or not, or a label; `stable`, or where there is no such label the newest, when empty.
+        top_k: how many classes to list for each image, from 1 up.
         polarity: of pictures; arrays are light on dark.
 
     Raises:
-        InvalidArgument: no image, an array of another dtype or shape, or arrays mixed with pictures.
+        InvalidArgument: no image, an array of another dtype or shape, arrays mixed with pictures, or a wrong `top_k`.
         OSError: a file cannot be read.
     """
-    request = pb.PredictRequest(model=model, version=version, top_k=top_k)
+    if not 0 < top_k < 2**31:
+        raise InvalidArgument(f"top_k: got {top_k}, want a whole number from 1 up")
+    request = pb.PredictRequest(model=model, version=str(version), top_k=top_k)
     if isinstance(images, np.ndarray | Image.Image | str | os.PathLike | bytes):
         images = [images]
     items: list[Any] = list(images)
@@ -274,7 +276,7 @@ class Client:
         self,
         images: ImageLike | Sequence[ImageLike],
         model: str = "",
-        version: str = "",
+        version: str | int = "",
         top_k: int = 1,
         polarity: Polarity = Polarity.AUTO,
     ) -> PredictResult:
@@ -345,7 +347,7 @@ class AsyncClient:
         self,
         images: ImageLike | Sequence[ImageLike],
         model: str = "",
-        version: str = "",
+        version: str | int = "",
         top_k: int = 1,
         polarity: Polarity = Polarity.AUTO,
     ) -> PredictResult:

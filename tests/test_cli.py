@@ -110,6 +110,13 @@ def test_predict_names_a_bad_file_and_answers_the_others(served, sample, tmp_pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("top_k", ["-3", "0", "many", "4294967296"])
+def test_predict_refuses_a_wrong_number_of_classes(top_k, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        serving_here(["predict", "--top-k", top_k, "none.png"])
+    assert f"argument --top-k: got '{top_k}', want a whole number from 1 up" in capsys.readouterr().err
+
+
 def test_predict_without_a_server_says_where_it_looked(tmp_path, sample):
     Image.fromarray(sample[1].images[0, 0].numpy()).save(tmp_path / "boot.png")
     done = command("serving", "predict", "--server", "127.0.0.1:1", tmp_path / "boot.png")

@@ -83,6 +83,19 @@ def test_a_wrong_image_is_refused(served, images, problem):
         client.predict(images)
 
 
+@pytest.mark.parametrize("top_k", [-3, 0, 2**32])
+def test_a_wrong_number_of_classes_is_named(images, top_k):
+    with pytest.raises(InvalidArgument, match=f"^top_k: got {top_k}, want a whole number from 1 up$"):
+        predict_request(images[:1], top_k=top_k)
+
+
+def test_a_version_is_a_number_or_text(served, images):
+    with Client(served) as client:
+        assert client.predict(images[:1], version=1) == client.predict(images[:1], version="1")
+        with pytest.raises(NotFound, match="version 2 is not found"):
+            client.predict(images[:1], version=2)
+
+
 def test_a_missing_file_is_an_os_error():
     with pytest.raises(FileNotFoundError):
         predict_request("none.png")
