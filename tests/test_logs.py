@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import re
+from pathlib import Path
 
 import grpc
 import pytest
@@ -227,6 +228,20 @@ def test_a_servers_whole_log_is_json(repository):
     told = {line["request_id"]: line["code"] for line in lines if "request_id" in line}
     assert told == {"mine": "OK", "wrong": "NOT_FOUND"}
     assert lines[-1]["message"] == "stopped"
+
+
+def test_the_documents_line_of_the_log_is_what_a_server_writes(repository, records):
+    text = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^```json\n(\{.*\})\n```", text, re.MULTILINE)
+    shown = json.loads(line)
+    request = pb.ModelInferRequest(model_name=MODEL, id=shown["request_id"])
+    request.inputs.add(name="image", datatype="UINT8", shape=[1, 28, 28])
+    request.raw_input_contents.append(bytes(784))
+    with running(repository) as server:
+        call(server.address, INFER, request.SerializeToString())
+    (found,) = records()
+    for key in ("message", "level", "code", "method", "request_id"):
+        assert str(found[key]).replace(f"'{MODEL}'", "'mnist'") == shown[key]
 
 
 def test_why_a_server_does_not_start_is_json_too(tmp_path):
