@@ -289,6 +289,17 @@ def versions(model: Path) -> list[int]:
     return sorted(int(entry.name) for entry in model.iterdir() if VERSION.fullmatch(entry.name) and entry.is_dir())
 
 
+def check_repository(path: Path) -> None:
+    """Refuse a model's folder where a repository's is wanted.
+
+    Raises:
+        BundleError: it has complete versions itself.
+    """
+    if any((path / str(number) / MANIFEST).exists() for number in versions(path)):
+        repository = path.parent if path.name not in ("", "..") else path.resolve().parent
+        raise BundleError(f"{path} is a model, not a repository: give --repository {repository}")
+
+
 def newest(path: Path) -> Path:
     """The folder of a version: `path` itself when it is one, else the newest version of the model that it is.
 
@@ -299,6 +310,8 @@ def newest(path: Path) -> Path:
         return path
     numbers = versions(path)
     if not numbers:
+        if VERSION.fullmatch(path.name) and not path.exists() and (others := versions(path.parent)):
+            raise BundleError(f"{path.parent} has no version {path.name}; it has {', '.join(map(str, others))}")
         raise BundleError(f"{path}: neither a version nor a model with versions; make train exports one")
     return path / str(numbers[-1])
 

@@ -58,9 +58,10 @@ class Repository(Catalog):
         repository's where models can come later.
 
         Raises:
-            BundleError: there is no repository, it has no model, or not one that was asked for.
+            BundleError: there is no repository, it has no model, or not one that was asked for; or it is a model.
         """
         config = self._config
+        bundles.check_repository(config.repository)
         self._seen = look(config.repository)
         missing = sorted(set(config.models) - set(self._seen))
         if missing or (config.model_control == "none" and not self._seen):

@@ -164,6 +164,15 @@ def test_models_and_versions(tampered):
         bundles.models(tampered / "nowhere")
 
 
+def test_a_version_that_a_model_lacks_is_told_with_those_it_has(tampered):
+    (tampered / MODEL / "3").mkdir()
+    with pytest.raises(BundleError, match=f"{MODEL} has no version 9; it has 1, 3$"):
+        bundles.newest(tampered / MODEL / "9")
+    for wrong in (tampered / MODEL / "3", tampered / MODEL / "latest", tampered / "empty" / "9"):
+        with pytest.raises(BundleError, match="neither a version nor a model with versions"):
+            bundles.newest(wrong)
+
+
 def test_versions_count_up_and_drafts_disappear(bundle, tmp_path):
     def publish():
         with bundles.draft(tmp_path, MODEL) as folder:

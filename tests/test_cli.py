@@ -200,6 +200,25 @@ def test_serve_without_a_repository_says_how_to_make_one(tmp_path):
     assert "no model; make train puts one into exported/" in done.stderr
 
 
+def test_serve_of_a_models_folder_names_the_repository(tampered):
+    (tampered / MODEL / "plots" / "1").mkdir(parents=True)  # as an export leaves it
+    done = command("serving", "serve", "--repository", tampered / MODEL, "--port", "0")
+    assert done.returncode == 1
+    problem = f"error: {tampered / MODEL} is a model, not a repository: give --repository {tampered}"
+    assert done.stderr.splitlines()[-1] == problem
+    done = command(
+        "serving",
+        "serve",
+        "--port",
+        "0",
+        "--repository",
+        ".",
+        cwd=tampered / MODEL,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stderr.splitlines()[-1] == f"error: . is a model, not a repository: give --repository {tampered}"
+
+
 def test_serve_refuses_a_model_whose_answers_changed(tampered):
     change_weight(tampered / MODEL / "1", 1.01)
     done = command("serving", "serve", "--repository", tampered, "--port", "0")
