@@ -14,7 +14,7 @@ from rich.table import Table
 
 from serving.client import Client, ModelInfo, PredictResult
 from serving.credentials import given_credentials
-from serving.errors import InvalidArgument
+from serving.errors import InvalidArgument, in_words
 from serving.images import Polarity
 
 _COLUMNS = ("model", "version", "state", "file", "runs on", "accuracy", "golden |Δ|")
@@ -33,7 +33,8 @@ def predict(options: argparse.Namespace) -> int:
                 result = client.predict(Path(file), options.model, options.version, options.top_k, polarity)
             except (InvalidArgument, OSError) as error:
                 failed += 1
-                print(f"error: {file}: {error}", file=sys.stderr)  # noqa: T201
+                named = in_words(error) if isinstance(error, OSError) else f"{file}: {error}"
+                print(f"error: {named}", file=sys.stderr)  # noqa: T201
                 continue
             answered = result
             best = result.predictions[0]
