@@ -54,7 +54,7 @@ def trainer_here(words: Sequence[object], capsys: pytest.CaptureFixture[str]) ->
 
 @contextlib.contextmanager
 def serving(
-    *words: object, start: tuple[str, ...] = ("-m", "serving"), line: str = " READY on"
+    *words: object, start: tuple[str, ...] = ("-m", "serving"), line: str = "READY on"
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process that has logged the line, and the address in it."""
     process = subprocess.Popen(
