@@ -228,4 +228,4 @@ def test_a_server_without_opentelemetry_says_what_to_install(repository, tmp_pat
 def test_an_endpoint_that_is_no_url_is_refused():
     done = command("serving", "serve", "--trace-endpoint", "localhost:4317")
     assert done.returncode == 2
-    assert "--trace-endpoint: String should match pattern '^https?://.+', got 'localhost:4317'" in done.stderr
+    assert "--trace-endpoint: Input should be http://HOST:PORT or https://HOST:PORT, got 'local" in done.stderr

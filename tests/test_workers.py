@@ -174,7 +174,8 @@ def test_a_port_of_another_server_is_an_error_even_where_that_would_share_it(reu
         done = command("serving", "serve", "--repository", repository, "--workers", "2", "--port", port)
     assert done.returncode == 1
     assert done.stderr.endswith(
-        f"error: cannot listen on 127.0.0.1:{port}: in use, or not this machine's address; choose another with --port\n"
+        f"error: cannot listen on 127.0.0.1:{port}: in use, or not this machine's address; "
+        "choose another with --port or --host\n"
     )
 
 
