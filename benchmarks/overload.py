@@ -6,9 +6,6 @@ Finds the most requests a second that it answers, then offers twice as many, wha
 again. Accepted requests must keep a bounded latency, the others must be refused with RESOURCE_EXHAUSTED and quickly,
 memory must stay flat, and as many requests must be answered as before and after: of both, so that a machine whose speed
 drifts is not taken for a server that gives way.
-
-The bound follows from the other demands: an accepted request may wait for a full queue, at the least throughput that is
-allowed, and be on its way for as long as a refusal may, which waits for nothing.
 """
 
 from __future__ import annotations
@@ -100,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(_speeds(us_per_image, [rate * options.images for rate in (peak, result.requests_per_s, after)]))
     settled = sampler.after(options.warmup + options.seconds / 3)
     growth = memory_slope(settled) * (settled[-1].at_s - settled[0].at_s) / 60
-    bound_ms = options.most_ms or most_ms(options.workers * options.max_queue, peak)
+    bound_ms = options.most_ms or 2 * options.workers * options.max_queue / peak * 1e3
     checks = judge(result, peak, after, options.seconds, growth, bound_ms)
     table = Table("demand", "measured", "")
     for check in checks:
@@ -131,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="of the server (default: 1)")
     parser.add_argument("--max-queue", type=int, default=128, metavar="N", help="of each of them (default: 128)")
     parser.add_argument(
-        "--most-ms", type=float, metavar="MS", help="p99 of what is accepted (default: follows from the other demands)"
+        "--most-ms", type=float, metavar="MS", help="p99 of what is accepted (default: twice the time for full queues)"
     )
     parser.add_argument("--serve-option", action="append", default=[], metavar="--X=Y", help="passed on to the server")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
@@ -159,11 +156,6 @@ def _speeds(us_per_image: Sequence[float], images_per_s: Sequence[float]) -> str
     times = ", ".join(f"{us:.0f}" for us in us_per_image)
     shares = ", ".join(f"{us * rate / 1e6:.0%}" for us, rate in zip(us_per_image, images_per_s, strict=True))
     return f"the model, at the peak before, meanwhile, at the peak after: {times} us an image, {shares} of the time"
-
-
-def most_ms(queued: int, peak: float) -> float:
-    """How long an accepted request may take that finds all queues full, of so many requests."""
-    return queued / (LEAST_OF_PEAK * peak) * 1e3 + REFUSED_P99_MS
 
 
 def judge(result: Result, peak: float, after: float, seconds: float, growth_mb: float, bound_ms: float) -> list[Check]:

@@ -269,10 +269,6 @@ def test_overload(repository, tmp_path, more):
     assert all(0 < us < 1e5 for us in written["model_us_per_image"].values())
 
 
-def test_an_accepted_request_may_wait_for_full_queues_and_be_on_its_way_as_long_as_a_refusal():
-    assert overload.most_ms(queued=90, peak=1000) == pytest.approx(100 + 10)  # 90 of them at 900 a second
-
-
 @pytest.mark.parametrize(("most", "code"), [("1e9", 0), ("-1e9", 1)])
 def test_soak(repository, tmp_path, most, code):
     path = tmp_path / "soak.json"
