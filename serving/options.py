@@ -87,16 +87,17 @@ def build(model: type[Model], values: Mapping[str, Any], names: Mapping[str, str
         return model(**values)
     except ValidationError as error:
         lines: list[str] = []
-        wrong: dict[str, tuple[list[str], Any]] = {}  # what is accepted in the place of what was got
+        wrong: dict[tuple[str, str], list[str]] = {}  # by field and what was got there: what is accepted instead
         for problem in error.errors():
             if problem["type"] == "default_factory_not_called":
                 continue  # only says that another field is wrong
             if problem["loc"]:
                 name = str(problem["loc"][0])
-                wrong.setdefault(name, ([], problem["input"]))[0].append(_in_words(model, name, problem))
+                texts = wrong.setdefault((names.get(name, name), repr(problem["input"])), [])
+                texts.append(_in_words(model, name, problem))
             else:  # of the fields together: the text names them
                 lines.append(problem["msg"].removeprefix("Value error, "))
-        named = [f"{names.get(name, name)}: {' or '.join(texts)}, got {got!r}" for name, (texts, got) in wrong.items()]
+        named = [f"{name}: {' or '.join(dict.fromkeys(texts))}, got {got}" for (name, got), texts in wrong.items()]
         raise ValueError("; ".join(named + lines)) from error
 
 

@@ -141,6 +141,7 @@ def test_versions_from_before_networks_had_options_are_the_cnn():
         ({"kernel_size": 4}, "--kernel-size: Input should be 1, 3, 5 or 7, got 4"),
         ({"channels": "16,0"}, "--channels: want sizes of at least 1, as in 16,32, or none, got '16,0'"),
         ({"hidden": "many"}, "--hidden: Input should be a valid integer"),
+        ({"hidden": "3,a,b"}, "got 'a'; --hidden: Input should be a valid integer"),
         ({"dropout": 1.0}, "--dropout: Input should be less than 1, got 1.0"),
         ({"batch_size": 0}, "--batch-size: Input should be greater than or equal to 1, got 0"),
         ({"ema": 1.0}, "--ema: Input should be less than 1, got 1.0"),
